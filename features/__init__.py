@@ -1,0 +1,1 @@
+"""From images to numbers on disk: OCR lines and region features."""

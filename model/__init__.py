@@ -1,0 +1,1 @@
+"""From rows to numbers: examples, models, training, evaluation, report, prediction."""

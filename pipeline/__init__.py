@@ -1,0 +1,1 @@
+"""From the internet to joined rows: sources, join, images, shards, schema, flows."""
