@@ -5,9 +5,12 @@ nothing but its own resolved file, so that changing one setting reruns what it t
 """
 
 import json
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
+import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 CONFIG = Path("config")
@@ -20,26 +23,32 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+Key = tuple[str | int, ...]
 
 
-def problems(error: ValidationError, where: str) -> list[str]:
-    """One sentence per problem: `params.yaml: regions.max_boxes must be ..., got 0`."""
-    sentences = []
+def problems(error: ValidationError, settings: type[BaseModel], given: Any) -> Iterator[tuple[Key, str]]:
+    """Each problem as the key it is about (within `given`) and how its sentence ends: `must be ..., got 0`."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
-        context = problem.get("ctx", {})
+        context, value = problem.get("ctx", {}), problem["input"]
+        key = _key(problem["loc"], given)
         match problem["type"]:
             case "extra_forbidden":
-                sentences.append(f"params.yaml: {key} is not a setting that exists")
-            case "missing":
-                sentences.append(f"params.yaml: {key} is missing")
+                yield key, "is not a setting that exists"
+            case "missing" | "union_tag_not_found":
+                yield key, "is missing"
             case "greater_than_equal" | "less_than_equal" | "greater_than" | "less_than":
-                sign = {"ge": ">=", "le": "<=", "gt": ">", "lt": "<"}
-                limit = " and ".join(f"{sign[name]} {context[name]}" for name in sign if name in context)
-                sentences.append(f"params.yaml: {key} must be {limit}, got {problem['input']!r}")
+                yield key, f"must be {_limits(settings, problem['loc'], context)}, got {value!r}"
+            case "value_error" | "assertion_error":
+                yield key, problem["msg"].split(", ", 1)[1]
             case _:
-                sentences.append(f"params.yaml: {key}: {problem['msg']}, got {problem['input']!r}")
-    return sentences
+                demand = problem["msg"].replace("Input should be", "must be").split(", unable")[0]
+                yield key, f"{demand[0].lower()}{demand[1:]}, got {value!r}"
+
+
+def sentence(file: str, key: Key, rest: str) -> str:
+    """`params.yaml: regions.max_boxes must be in 1..100, got 0`."""
+    place = ".".join(map(str, key))
+    return f"{file}: {place} {rest}" if place else f"{file}: {rest}"
 
 
 def load(settings: type[S], path: Path) -> S:
@@ -53,6 +62,70 @@ def load(settings: type[S], path: Path) -> S:
             "(`dvc repro config` writes it)"
         )
     try:
-        return settings.model_validate(json.loads(path.read_text()))
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return settings.model_validate(given)
     except ValidationError as error:
-        raise ValueError("\n".join(problems(error, str(path)))) from error
+        found = problems(error, settings, given)
+        raise ValueError("\n".join(sentence(str(path), *problem) for problem in found)) from error
+
+
+def _key(location: Key, given: Any) -> Key:
+    """`location` without the names of union members, which pydantic adds and no file contains."""
+    key: list[str | int] = []
+    for depth, part in enumerate(location):
+        inside = part in given if isinstance(given, dict) else part in range(_length(given))
+        if inside:
+            given = given[part]
+        elif depth < len(location) - 1 or not isinstance(given, dict):
+            continue
+        key.append(part)
+    return tuple(key)
+
+
+def _length(given: Any) -> int:
+    return len(given) if isinstance(given, list | tuple) else 0
+
+
+def _limits(annotation: Any, location: Key, context: dict[str, Any]) -> str:
+    """Both bounds of a field where it has two; `context` holds the one that was broken."""
+    found = {**_bounds(annotation, location), **context}
+    limits = {name: int(limit) if limit == int(limit) else limit for name, limit in found.items()}
+    if {"ge", "le"} <= limits.keys():
+        return f"in {limits['ge']}..{limits['le']}"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return " and ".join(f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits)
+
+
+def _bounds(annotation: Any, location: Key) -> dict[str, Any]:
+    """The numeric bounds declared at `location`, found by walking the classes and their annotations."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _bounds(arguments[0], location) | ({} if location else _declared(arguments[1:]))
+    if origin in (Union, types.UnionType):
+        found: dict[str, Any] = {}
+        for member in arguments:  # the location may or may not spend a part on the member's name
+            found |= _bounds(member, location) or _bounds(member, location[1:])
+        return found
+    if not location:
+        return {}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(location[0]))
+        if field is None:
+            return {}
+        return _bounds(field.annotation, location[1:]) | ({} if location[1:] else _declared(field.metadata))
+    return _bounds(arguments[-1 if origin is dict else 0], location[1:]) if arguments else {}
+
+
+def _declared(metadata: Iterable[Any]) -> dict[str, Any]:
+    kinds = {
+        annotated_types.Ge: "ge",
+        annotated_types.Gt: "gt",
+        annotated_types.Le: "le",
+        annotated_types.Lt: "lt",
+    }
+    return {
+        kinds[type(bound)]: getattr(bound, kinds[type(bound)]) for bound in metadata if type(bound) in kinds
+    }
