@@ -27,7 +27,7 @@ Key = tuple[str | int, ...]
 
 
 def problems(error: ValidationError, settings: type[BaseModel], given: Any) -> Iterator[tuple[Key, str]]:
-    """Each problem as the key it is about (within `given`) and how its sentence ends: `must be ..., got 0`."""
+    """Each problem as its key (within `given`) and how its sentence ends: `must be in 1..100, got 0`."""
     for problem in error.errors():
         context, value = problem.get("ctx", {}), problem["input"]
         key = _key(problem["loc"], given)
