@@ -1,0 +1,181 @@
+"""Scores of one trained model on the test split, beside the no-learning floor and the linear probe.
+
+    python -m model.evaluate CORPUS MODEL SEED
+
+Reads runs/CORPUS/MODEL/SEED/model, writes next to it predictions.parquet and plots/, and
+metrics/CORPUS/MODEL/SEED.json. Gold is a question's values and evidences, normalised; a value
+that stands only in an evidence is of origin `text`.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import Field
+from tqdm import tqdm
+
+from model import metrics
+from model.examples import Extraction, Question, questions
+from model.floor import Floor
+from model.metrics import Answer
+from model.probe import Probe
+from pipeline import params, schema
+
+
+class Settings(params.Settings):
+    """Section `evaluate`."""
+
+    batch_size: int = Field(64, ge=1, le=4096)  # questions in one pass of the model
+
+
+def gold(question: Question) -> dict[str, str]:
+    """Each right value with its origin; of values that are equal when normalised the first stays."""
+    pairs = [*zip(question.values, question.origins, strict=True)]
+    pairs += [(evidence.value, "text") for evidence in question.evidences]
+    distinct: dict[str, tuple[str, str]] = {}
+    for value, origin in pairs:
+        distinct.setdefault(metrics.normalise(value), (value, origin))
+    return dict(distinct.values())
+
+
+def train_rules(asked: Iterable[Question]) -> tuple[Floor, Probe]:
+    """The two things every score stands beside, learnt from the training split in one pass."""
+    floor, probe = Floor(), Probe()
+    for question in asked:
+        floor.observe(question)
+        probe.observe(question)
+    probe.fit()
+    return floor, probe
+
+
+def judge(
+    asked: Iterable[Question], extracted: Iterable[tuple[Extraction, ...]], floor: Floor, probe: Probe
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The content of the metrics file (without `made_with`) and the rows of predictions.parquet."""
+    answers: dict[str, list[Answer]] = {"model": [], "floor": [], "probe": []}
+    rows, unscored = [], 0
+    for question, found in zip(asked, extracted, strict=True):
+        product, right = question.product, gold(question)
+        read = " ".join(line.text for line in product.ocr)
+        in_ocr = [metrics.contains(read, value) for value in right]
+        unscored += sum(not metrics.normalise(value) for value in right)
+        said = {
+            "model": [extraction.value for extraction in found],
+            "floor": [extraction.value for extraction in floor.predict(question)],
+            "probe": probe.predict(question) if "visible" in right.values() else (),
+        }
+        for system, values in said.items():
+            answers[system].append(
+                metrics.answer(product.item, question.attribute, values, right, right.values(), in_ocr)
+            )
+        rows.append(
+            {
+                "item": product.item,
+                "asin": product.asin,
+                "attribute": question.attribute,
+                "values": [asdict(extraction) for extraction in found],
+                "gold": list(right),
+                "origins": list(right.values()),
+                "in_ocr": in_ocr,
+            }
+        )
+    none = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
+    return {
+        **metrics.all_scores(answers["model"]),
+        "floor": metrics.all_scores(answers["floor"]),
+        "probe": {"visible": metrics.by_origin(answers["probe"]).get("visible", none)},
+        "unscored_values": unscored,  # gold that normalises to nothing, such as "A"
+    }, rows
+
+
+def plot_rows(scores: dict[str, Any], group: str) -> list[dict[str, Any]]:
+    """One point per name of `by_attribute` or `by_origin`, for `dvc plots`."""
+    return [
+        {"name": name, "f1": score["f1"], "floor_f1": scores["floor"][group][name]["f1"]}
+        | {key: score[key] for key in ("precision", "recall", "count")}
+        for name, score in scores[group].items()
+    ]
+
+
+def split_sizes(products: Path) -> dict[str, dict[str, int]]:
+    """Products, questions and questions with a value per split; splits by instance share products."""
+    sizes = {split: Counter({"products": 0, "questions": 0, "positives": 0}) for split in schema.SPLITS}
+    for batch in pq.ParquetFile(products).iter_batches(columns=["attributes"]):
+        for attributes in batch.column("attributes").to_pylist():
+            for attribute in attributes:
+                sizes[attribute["split"]].update(questions=1, positives=bool(attribute["values"]))
+            for split in {attribute["split"] for attribute in attributes}:
+                sizes[split].update(products=1)
+    return {split: dict(counts) for split, counts in sizes.items()}
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits, all the way down."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def write_json(content: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def made_with(provenance: dict[str, Any], products: Path) -> dict[str, Any]:
+    """What a reader has to know before comparing the numbers with any others."""
+    return {
+        "weights": {"words": provenance["weights"], "regions": provenance["regions"]["weights"]},
+        "engines": {"ocr": provenance["ocr"]["engine"], "regions": provenance["regions"]["backend"]},
+        "sizes": split_sizes(products),
+    }
+
+
+def run(corpus: str, name: str, seed: int) -> None:
+    """Evaluate runs/CORPUS/MODEL/SEED/model and write the files named at the top of this module."""
+    from model import checkpoint
+
+    settings = params.load(Settings, params.CONFIG / corpus / "evaluate.json")
+    folder, products = Path("runs", corpus, name, str(seed)), Path("data", corpus, "products.parquet")
+    model, processor = checkpoint.load(folder / "model")
+    provenance = json.loads((folder / "model" / "provenance.json").read_text(encoding="utf-8"))
+    what = made_with(provenance, products)
+    sizes = what["sizes"]
+    learnt = tqdm(questions(corpus, "train"), "floor and probe", sizes["train"]["questions"], unit="question")
+    floor, probe = train_rules(learnt)
+    asked, kept = itertools.tee(questions(corpus, "test"))
+    extracted = checkpoint.extract(model, processor, asked, batch_size=settings.batch_size)
+    progress = tqdm(
+        extracted, f"evaluate {corpus} {name} {seed}", sizes["test"]["questions"], unit="question"
+    )
+    scores, rows = judge(kept, progress, floor, probe)
+    schema.write_parquet(rows, schema.PREDICTIONS, folder / "predictions.parquet")
+    for group in ("by_attribute", "by_origin"):
+        write_json(plot_rows(scores, group), folder / "plots" / f"{group}.json")
+    write_json(scores | {"made_with": what}, Path("metrics", corpus, name, f"{seed}.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.evaluate", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("corpus", metavar="CORPUS")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("seed", metavar="SEED", type=int)
+    arguments = parser.parse_args()
+    try:
+        run(arguments.corpus, arguments.model, arguments.seed)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
