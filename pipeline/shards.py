@@ -532,7 +532,7 @@ class ShardFolder:
         return found
 
     def array(self, asin: str, column: str = "features") -> np.ndarray | None:
-        """A read-only view `(rows, width)` of mapped memory, dtype and width from the schema; None for null."""
+        """A read-only view `(rows, width)` of mapped memory, dtype as in the schema; None for null."""
         table, row = self._find(asin)
         value = table.column(column)[row]
         if not value.is_valid:

@@ -1,0 +1,97 @@
+"""Image bytes to a verdict and to pixels: what `images` accepts, `ocr` and `regions` can decode.
+
+A picture is upright (EXIF orientation applied), RGB, transparent parts over white, the first frame
+of an animation. Widths, heights, boxes and quads are in its pixels.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+END_MARKS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82", b"GI": b";"}  # by how a file begins
+ORIENTATION = 0x0112  # the EXIF tag; values 2 to 8 are turned or mirrored
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`status` is `ok`, or the reason why these bytes are no usable picture; pixels where the header told."""
+
+    status: str
+    error: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+def inspect(data: bytes, *, max_pixels: int, min_px: int) -> Verdict:
+    """The header is checked before anything is decoded, then the whole picture is decoded.
+
+    Status `not_image`, `too_many_pixels`, `placeholder` (a side shorter than `min_px`: shops answer
+    with such dots instead of 404), `truncated` (no end mark) or `corrupt`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+    except Image.DecompressionBombError:
+        return Verdict("too_many_pixels", f"more than {max_pixels} pixels")
+    except UnidentifiedImageError:
+        return Verdict("not_image", f"not {', '.join(FORMATS)}: begins with {data[:16]!r}")
+    except Exception as error:  # noqa: BLE001 - a decoder may raise anything on hostile bytes
+        return _broken(error, data)
+    if width * height > max_pixels:
+        return Verdict("too_many_pixels", f"{width} x {height}, more than {max_pixels} pixels", width, height)
+    if min(width, height) < min_px:
+        return Verdict("placeholder", f"{width} x {height}, a side under {min_px} px", width, height)
+    try:
+        width, height = decode(data).size
+    except Exception as error:  # noqa: BLE001 - as above
+        return _broken(error, data, width, height)
+    return Verdict("ok", None, width, height)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture, mode RGB. For bytes that passed `inspect`; others raise what the decoder raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    upright = image if turn is None else image.transpose(turn)
+    return upright.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 (upright) also where the EXIF block cannot be read: it says nothing then."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1
+
+
+def _broken(error: Exception, data: bytes, width: int | None = None, height: int | None = None) -> Verdict:
+    if data.startswith(b"RIFF"):
+        cut_short = len(data) < 8 + int.from_bytes(data[4:8], "little")
+    else:
+        cut_short = not data.rstrip(b"\0\r\n ").endswith(END_MARKS[data[:2]])
+    status = "truncated" if cut_short else "corrupt"
+    return Verdict(status, f"{type(error).__name__}: {error}", width, height)
