@@ -1,0 +1,100 @@
+"""Google's cleaning of Amazon metadata, rule by rule, as the MAVE labels' offsets were made on its output.
+
+The rules are those of MAVE's published cleaning step; paragraphs are numbered after them (`pid`).
+Offsets hold for the pinned bs4 and Python only: both decide what a stray `<` means.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.schema import TEXT_SOURCES
+from pipeline.tally import Tally
+
+HTML_SIGNS = ("<a href", "javascript:", "background-color:", "background-image:", " li:", ".aloha")
+CSS_SHARE = 0.3
+CSS_TOKENS = 20
+
+
+def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tuple[str, str]]:
+    """The cleaned `(text, source)` list of one metadata record, in the fixed order of sources.
+
+    A record without a `title` among them is no product (see `has_title`). Dropped paragraphs are
+    counted in `tally` as `paragraph: reason`.
+    """
+    tally = tally or Tally()
+    kept = []
+    for raw, source in _raw_paragraphs(record, tally):
+        text, reason = clean(raw, source)
+        if reason:
+            tally.add(f"paragraph: {reason}")
+        else:
+            kept.append((text, source))
+    return kept
+
+
+def has_title(cleaned: list[tuple[str, str]]) -> bool:
+    return any(source == "title" for _, source in cleaned)
+
+
+def clean(raw: str, source: str) -> tuple[str, str | None]:
+    """`(text, None)`, or `("", reason)` for a paragraph that is dropped."""
+    if source == "title" and "getTime" in raw:
+        return "", "title is a script dump"
+    text = raw.encode("utf-8", "ignore").decode("utf-8")
+    # The parser passes text through as it is where neither of its two special characters occurs.
+    if "<" in text or "&" in text:
+        try:
+            text = without_markup(text)
+        except ValueError:
+            return "", "markup that cannot be parsed"
+    text = " ".join(text.split())
+    if not text:
+        return "", "nothing but markup or blanks"
+    if any(sign in text for sign in HTML_SIGNS):
+        return "", "html"
+    if is_css(text):
+        return "", "css"
+    return text.encode("utf-8", "ignore").decode("utf-8"), None
+
+
+def without_markup(html: str) -> str:
+    """The text outside style and script elements, entities decoded, pieces joined by one space.
+
+    Raises `ValueError` for the rare markup that html.parser rejects.
+    """
+    import bs4
+
+    with warnings.catch_warnings():
+        # bs4 warns of texts that look like a URL, a file name or XML; here these are just texts
+        warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+        warnings.simplefilter("ignore", bs4.XMLParsedAsHTMLWarning)
+        try:
+            soup = bs4.BeautifulSoup(html, "html.parser")
+        except bs4.ParserRejectedMarkup as error:
+            raise ValueError(f"html.parser rejects the markup: {error}") from error
+    for element in soup(["style", "script"]):
+        element.decompose()
+    return " ".join(soup.stripped_strings)
+
+
+def is_css(text: str) -> bool:
+    """Whether more than 20 tokens, and more than 30 % of them, look like CSS."""
+    tokens = text.split()
+    num_css = sum(
+        token.startswith((".", "#", "div")) or "px" in token or token.count("-") > 1 for token in tokens
+    )
+    return num_css > CSS_TOKENS and num_css / len(tokens) > CSS_SHARE
+
+
+def _raw_paragraphs(record: Mapping[str, Any], tally: Tally) -> Iterator[tuple[str, str]]:
+    for source in TEXT_SOURCES:
+        data = record.get(source, [])
+        if not isinstance(data, str | list):
+            tally.add(f"paragraph: {source} is neither text nor list")
+            continue
+        for text in [data] if isinstance(data, str) else data:
+            if not isinstance(text, str):
+                tally.add(f"paragraph: {source} holds something that is no text")
+            elif stripped := text.strip():
+                yield stripped, source

@@ -1,0 +1,444 @@
+"""Products: labels joined with texts, every span checked, leaking sources dropped, split.
+
+    python -m pipeline.products CORPUS
+
+Reads data/CORPUS/source/, writes data/CORPUS/products.parquet (`schema.PRODUCTS`, sorted by item) and
+metrics/CORPUS/products.json. Whatever cannot be used is counted there by reason, with a few places.
+"""
+
+import argparse
+import html
+import heapq
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline import mave, mepave, params, schema
+from pipeline.mave import replacing
+from pipeline.split import Split, assign, rank
+from pipeline.tally import Tally
+
+IMAGE_KEYS = ("imageURLHighRes", "imageURL", "image")
+
+
+class Settings(params.Settings):
+    kind: Literal["sample", "mave", "mepave"]
+    split: Split = Split()
+    drop_sources: tuple[Literal["title", "description", "feature", "price", "brand"], ...] = ("brand",)
+    products_per_root: int | None = Field(None, ge=1)  # sampled from those with a positive and an image
+    negatives: mepave.Negatives = mepave.Negatives()
+
+
+@dataclass
+class Attribute:
+    """An attribute as labelled; without values and evidences it is a negative."""
+
+    key: str
+    values: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    evidences: list[dict[str, Any]] = field(default_factory=list)
+
+
+def build(source: Path, corpus: str, settings: Settings, tally: Tally) -> list[dict[str, Any]]:
+    """Rows of `schema.PRODUCTS`, sorted by item; `ValueError` when none is left."""
+    if settings.kind == "mepave":
+        rows = mepave.rows(source, corpus, settings.negatives, settings.split.seed, tally)
+    else:
+        rows = list(_sampled(mave_rows(source, corpus, settings, tally), settings))
+    if not rows:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(tally.counts.items()))
+        raise ValueError(f"{source}: no product is left ({reasons or 'the files are empty'})")
+    rows.sort(key=lambda row: row["item"])
+    _split(rows, settings.split)
+    return rows
+
+
+def mave_rows(source: Path, corpus: str, settings: Settings, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Rows in no particular order, not yet split, from labels/, metadata/ and roots/ below `source`."""
+    complete: dict[str, dict[str, Any]] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for _, where, _, label in mave.labels(_files(source / "labels"), tally):
+        if not schema.ID_PATTERNS[settings.kind].fullmatch(label["id"]):
+            tally.add("id is not an asin", where)
+        else:
+            _merge(complete if "paragraphs" in label else plain, label, where, tally)
+    for asin in sorted(complete.keys() & plain.keys()):
+        tally.add("repeated label", asin)
+        del plain[asin]
+    roots = _roots(source / "roots", complete.keys() | plain.keys(), tally)
+    for label in complete.values():
+        paragraphs = _given_paragraphs(label)
+        if paragraphs is None:
+            tally.add("paragraphs are not a list of text and source", label["id"])
+        elif not any(source == "title" for _, source in paragraphs):
+            tally.add("no title", label["id"])
+        elif row := _row(label, paragraphs, label, roots, corpus, settings, tally):
+            yield row
+    if not plain:
+        return
+    for record in mave.records(_files(source / "metadata"), plain.keys(), tally):
+        label = plain[record.metadata["asin"]]
+        if row := _row(label, record.paragraphs, record.metadata, roots, corpus, settings, tally):
+            yield row
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def _merge(labels: dict[str, dict[str, Any]], label: dict[str, Any], where: str, tally: Tally) -> None:
+    """Positives and negatives of one product stand in two files: unite their attributes."""
+    first = labels.setdefault(label["id"], label)
+    if first is label:
+        return
+    if first["category"] != label["category"]:
+        tally.add("two categories of one product", where)
+    first["attributes"] = first["attributes"] + label["attributes"]
+
+
+def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
+    given = label["paragraphs"]
+    if not isinstance(given, list):
+        return None
+    paragraphs = []
+    for paragraph in given:
+        if not isinstance(paragraph, dict):
+            return None
+        text, source = paragraph.get("text"), paragraph.get("source")
+        if not isinstance(text, str) or not isinstance(source, str):
+            return None
+        paragraphs.append((text, source))
+    return paragraphs
+
+
+def _roots(
+    folder: Path, wanted: Iterable[str], tally: Tally
+) -> dict[str, tuple[str, list[str]]] | None:
+    """asin -> (root, image URLs) by membership in the per-root metadata files; None without such files.
+
+    An asin in several files belongs to the alphabetically first.
+    """
+    files = _files(folder)
+    if not files:
+        return None
+    wanted = set(wanted)
+    roots: dict[str, tuple[str, list[str]]] = {}
+    for path in files:
+        name = path.name.split(".")[0].replace("_", " ")
+        unused = Tally()
+        for record in mave.records([path], wanted, unused):
+            asin = record.metadata["asin"]
+            if asin in roots:
+                tally.add("asin in several roots", f"{path.name}: {asin}")
+            roots.setdefault(asin, (name, image_urls(record.metadata)))
+    return roots
+
+
+def _row(
+    label: dict[str, Any],
+    paragraphs: list[tuple[str, str]],
+    metadata: dict[str, Any],
+    roots: dict[str, tuple[str, list[str]]] | None,
+    corpus: str,
+    settings: Settings,
+    tally: Tally,
+) -> dict[str, Any] | None:
+    asin = label["id"]
+    root, urls = root_category(metadata), image_urls(metadata)
+    if roots is not None:
+        if asin not in roots:
+            tally.add("in no root", asin)
+            return None
+        root, urls = roots[asin]
+    found = attributes(label["attributes"], paragraphs, asin, tally)
+    kept, found = without_sources(paragraphs, found, settings.drop_sources, asin, tally)
+    if not found:
+        tally.add("no attribute left", asin)
+        return None
+    return {
+        "item": asin,
+        "asin": asin,
+        "corpus": corpus,
+        "root_category": root,
+        "category": label["category"],
+        "title": next((text for text, source in kept if source == "title"), ""),
+        "paragraphs": [{"text": text, "source": source} for text, source in kept],
+        "image_urls": urls,
+        "attributes": [
+            {
+                "key": attribute.key,
+                "values": attribute.values,
+                "origins": attribute.origins,
+                "evidences": attribute.evidences,
+                "split": None,
+            }
+            for attribute in found
+        ],
+        "split": None,
+    }
+
+
+# Attributes and spans
+
+
+def attributes(
+    labelled: list[Any], paragraphs: list[tuple[str, str]], asin: str, tally: Tally
+) -> list[Attribute]:
+    """Attributes whose every span holds `text[begin:end] == value`; the others are dropped and counted.
+
+    Entries of one key are united; a positive beats a negative. An attribute that loses all its spans and
+    carries no `values` is dropped: it would pass for a negative.
+    """
+    united: dict[str, Attribute] = {}
+    lost: set[str] = set()
+    for entry in labelled:
+        parsed = _entry(entry, paragraphs, asin, tally)
+        if parsed is None:
+            continue
+        attribute, has_lost = parsed
+        if has_lost and not attribute.values and not attribute.evidences:
+            lost.add(attribute.key)
+            continue
+        first = united.setdefault(attribute.key, attribute)
+        if first is not attribute:
+            if not (first.values or first.evidences) or not (attribute.values or attribute.evidences):
+                tally.add("asked twice, as positive and negative or twice negative", f"{asin}: {attribute.key}")
+            for value, origin in zip(attribute.values, attribute.origins, strict=True):
+                if value not in first.values:
+                    first.values.append(value)
+                    first.origins.append(origin)
+            first.evidences += [span for span in attribute.evidences if span not in first.evidences]
+    for key in sorted(lost):
+        tally.add("attribute without a valid span", f"{asin}: {key}")
+        if key in united and not united[key].values and not united[key].evidences:
+            del united[key]
+    return list(united.values())
+
+
+def _entry(
+    entry: Any, paragraphs: list[tuple[str, str]], asin: str, tally: Tally
+) -> tuple[Attribute, bool] | None:
+    """The attribute with its valid spans, and whether it lost any."""
+    key = entry.get("key") if isinstance(entry, dict) else None
+    if not isinstance(key, str) or not key.strip():
+        tally.add("attribute without key", asin)
+        return None
+    values, origins = entry.get("values") or [], entry.get("origins")
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        tally.add("values are not a list of texts", f"{asin}: {key}")
+        return None
+    if origins is None:
+        origins = ["unknown"] * len(values)
+    elif (
+        not isinstance(origins, list)
+        or len(origins) != len(values)
+        or any(origin not in schema.ORIGINS for origin in origins)
+    ):
+        tally.add("origins do not fit the values", f"{asin}: {key}")
+        return None
+    spans = entry.get("evidences") or []
+    attribute = Attribute(key, list(values), list(origins))
+    for span in spans if isinstance(spans, list) else [spans]:
+        if reason := fault(span, [text for text, _ in paragraphs]):
+            tally.add(f"span: {reason}", f"{asin}: {key}")
+        else:
+            evidence = {"value": span["value"], "paragraph": span["pid"]}
+            attribute.evidences.append({**evidence, "begin": span["begin"], "end": span["end"]})
+    return attribute, len(attribute.evidences) < (len(spans) if isinstance(spans, list) else 1)
+
+
+def fault(span: Any, texts: list[str]) -> str | None:
+    """Why a label's `{value, pid, begin, end}` does not hold in `texts`, or None."""
+    if not isinstance(span, dict) or not isinstance(span.get("value"), str):
+        return "not a span"
+    if any(type(span.get(name)) is not int for name in ("pid", "begin", "end")):
+        return "not a span"
+    if not 0 <= span["pid"] < len(texts):
+        return "pid out of range"
+    text = texts[span["pid"]]
+    if not 0 <= span["begin"] < span["end"] <= len(text):
+        return "out of range"
+    if text[span["begin"] : span["end"]] != span["value"]:
+        return "text differs"
+    return None
+
+
+def without_sources(
+    paragraphs: list[tuple[str, str]],
+    found: list[Attribute],
+    sources: Iterable[str],
+    asin: str,
+    tally: Tally,
+) -> tuple[list[tuple[str, str]], list[Attribute]]:
+    """Drop the paragraphs of leaking sources with the spans inside, and renumber the others.
+
+    An attribute that had nothing but such spans is dropped and counted. Values get their final origins.
+    """
+    sources = set(sources)
+    kept = [pid for pid, (_, source) in enumerate(paragraphs) if source not in sources]
+    number = {pid: new for new, pid in enumerate(kept)}
+    texts = [paragraphs[pid][0] for pid in kept]
+    attributes = []
+    for attribute in found:
+        spans = [
+            {**span, "paragraph": number[span["paragraph"]]}
+            for span in attribute.evidences
+            if span["paragraph"] in number
+        ]
+        num_leaks = len(attribute.evidences) - len(spans)
+        if num_leaks:
+            tally.add("span: in a dropped source", count=num_leaks)
+        if num_leaks and not spans and not attribute.values:
+            tally.add("attribute only in a dropped source", f"{asin}: {attribute.key}")
+            continue
+        attributes.append(_with_origins(attribute, spans, texts))
+    return [paragraphs[pid] for pid in kept], attributes
+
+
+def _with_origins(attribute: Attribute, spans: list[dict[str, Any]], texts: list[str]) -> Attribute:
+    """Values are those labelled and those of the spans; an origin not given is text or unknown."""
+    values, origins = list(attribute.values), list(attribute.origins)
+    known = {_folded(value) for value in values}
+    for span in spans:
+        if _folded(span["value"]) not in known:
+            known.add(_folded(span["value"]))
+            values.append(span["value"])
+            origins.append("text")
+    for i, (value, origin) in enumerate(zip(values, origins, strict=True)):
+        if origin in ("unknown", "text"):
+            origins[i] = "text" if _stands_in(value, spans, texts) else "unknown"
+    return Attribute(attribute.key, values, origins, spans)
+
+
+def _folded(value: str) -> str:
+    return " ".join(value.casefold().split())
+
+
+def _stands_in(value: str, spans: list[dict[str, Any]], texts: list[str]) -> bool:
+    if any(_folded(span["value"]) == _folded(value) for span in spans):
+        return True
+    word = re.compile(rf"(?<!\w){re.escape(_folded(value))}(?!\w)")
+    return any(word.search(_folded(text)) for text in texts)
+
+
+# Metadata
+
+
+def image_urls(metadata: dict[str, Any]) -> list[str]:
+    """Picture addresses, best first: high resolution, else thumbnails, else the older key `image`."""
+    for key in IMAGE_KEYS:
+        urls = metadata.get(key)
+        urls = [urls] if isinstance(urls, str) else urls
+        if isinstance(urls, list) and any(isinstance(url, str) and url.strip() for url in urls):
+            return [url.strip() for url in urls if isinstance(url, str) and url.strip()]
+    return []
+
+
+def root_category(metadata: dict[str, Any]) -> str:
+    """`main_cat`, which may be an image tag with the name as its alt text, written with "and"; or ""."""
+    name = metadata.get("main_cat")
+    if not isinstance(name, str):
+        return ""
+    if alt := re.search(r'alt="([^"]*)"', name):
+        name = alt[1]
+    return " ".join(html.unescape(name).replace("&", " and ").split())
+
+
+# Sampling and splitting
+
+
+def _sampled(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterator[dict[str, Any]]:
+    """At most `products_per_root` eligible rows of each root: those of the lowest seeded hash, so that
+    neither the order of the input nor other products matter. Holds no more rows than it returns."""
+    if settings.products_per_root is None:
+        yield from rows
+        return
+    chosen: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
+    for row in rows:
+        if not row["image_urls"] or not any(attribute["values"] for attribute in row["attributes"]):
+            continue
+        heap = chosen.setdefault(row["root_category"], [])
+        lowest_last = -int.from_bytes(rank(settings.split.seed, row["item"]), "big")
+        heapq.heappush(heap, (lowest_last, row["item"], row))
+        if len(heap) > settings.products_per_root:
+            heapq.heappop(heap)
+    for heap in chosen.values():
+        yield from (row for _, _, row in heap)
+
+
+def _split(rows: list[dict[str, Any]], settings: Split) -> None:
+    """Fill in `split` of rows and attributes in place. Rows of one asin go together, but for `instance`."""
+    if settings.by == "given":
+        if any(row["split"] is None for row in rows):
+            raise ValueError("split.by is given, but the files of this corpus carry no split")
+    elif settings.by == "instance":
+        splits = assign((_question(row, one) for row in rows for one in row["attributes"]), settings)
+    else:
+        splits = assign((row["asin"] for row in rows), settings)
+    for row in rows:
+        if settings.by != "given":
+            row["split"] = None if settings.by == "instance" else splits[row["asin"]]
+        for attribute in row["attributes"]:
+            attribute["split"] = row["split"] or splits[_question(row, attribute)]
+
+
+def _question(row: dict[str, Any], attribute: dict[str, Any]) -> str:
+    return f"{row['item']}\0{attribute['key']}"
+
+
+def summary(rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
+    """What metrics/CORPUS/products.json says."""
+    questions = [(row, attribute) for row in rows for attribute in row["attributes"]]
+    splits: dict[str, Any] = {}
+    for split in schema.SPLITS:
+        asked = [attribute for _, attribute in questions if attribute["split"] == split]
+        origins = Counter(origin for attribute in asked for origin in attribute["origins"])
+        splits[split] = {
+            "products": len({row["item"] for row, attribute in questions if attribute["split"] == split}),
+            "questions": len(asked),
+            "positives": sum(bool(attribute["values"]) for attribute in asked),
+            "values": dict(sorted(origins.items())),
+        }
+    return {
+        "products": len(rows),
+        "questions": len(questions),
+        "attributes": len({attribute["key"] for _, attribute in questions}),
+        "splits": splits,
+        "counted": tally.report(),
+    }
+
+
+def run(corpus: str) -> None:
+    """Everything from the stage's settings to its outputs, from the root of the repository."""
+    settings = params.load(Settings, params.CONFIG / corpus / "products.json")
+    tally = Tally()
+    rows = build(Path("data") / corpus / "source", corpus, settings, tally)
+    output = Path("data") / corpus / "products.parquet"
+    with replacing(output) as file:
+        schema.write_parquet(rows, schema.PRODUCTS, Path(file.name))
+    metrics = Path("metrics") / corpus / "products.json"
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(metrics) as file:
+        text = json.dumps(summary(rows, tally), indent=2, ensure_ascii=False, sort_keys=True)
+        file.write(text.encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("corpus", metavar="CORPUS")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.corpus)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pipeline.products: {error}")
+
+
+if __name__ == "__main__":
+    main()
