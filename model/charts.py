@@ -1,0 +1,86 @@
+"""The report's figures as SVG text: equal numbers give equal bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLORS = ("#3b6fd4", "#e0803a", "#3f9d75", "#b0518e", "#8a7a2c", "#5c6b7a")
+FLOOR = "#c3c9d2"
+STYLE: Any = {
+    "svg.hashsalt": "smartave",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3af",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "xtick.color": "#4b5563",
+    "ytick.color": "#4b5563",
+    "legend.frameon": False,
+}
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], floor: Mapping[str, float], *, title: str) -> str:
+    """F1 per name (attribute or origin) as one bar per system; `groups[system][name]`, floor in grey."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = sorted({name for scores in groups.values() for name in scores}, reverse=True)
+    systems = {**groups, "floor": floor}
+    height = 0.8 / len(systems)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.8 + len(names) * (0.12 + 0.14 * len(systems))), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (system, scores) in enumerate(systems.items()):
+            color = FLOOR if system == "floor" else COLORS[number % len(COLORS)]
+            places = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
+            lengths = [scores.get(name, 0.0) for name in names]
+            drawn = axes.barh(places, lengths, height * 0.92, label=system, color=color)
+            axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7, color="#4b5563")
+        axes.set(xlim=(0, 1.06), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1")
+        axes.tick_params(left=False)
+        figure.legend(loc="outside lower center", ncols=len(systems), fontsize=8)
+        return _svg(figure)
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> str | None:
+    """Everything that training logged as a loss or an F1, over steps; None: nothing was logged."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = {}
+    for part in ("loss", "f1"):
+        keys = sorted({key for rows in histories.values() for row in rows for key in row if part in key})
+        if keys:
+            panels[part] = keys
+    if not panels:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.0), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        for position, (part, keys) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(1, len(panels), position)
+            for number, (system, rows) in enumerate(histories.items()):
+                for line, key in enumerate(keys):
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                    if points:
+                        axes.plot(
+                            *zip(*points, strict=True),
+                            ("-", "--", ":", "-.")[line % 4],
+                            color=COLORS[number % len(COLORS)],
+                            label=f"{system} {key.replace('_', ' ')}",
+                            linewidth=1.4,
+                        )
+            axes.set(xlabel="step", title=part.replace("f1", "F1"))
+            axes.set_ylim(bottom=0, top=1.02 if part == "f1" else None)
+            axes.legend(fontsize=7)
+        return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

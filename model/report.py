@@ -1,0 +1,307 @@
+"""The report on the cells that run: tables, figures, and products to look at.
+
+    python -m model.report
+
+Reads config/run.json and what the cells left under metrics/, runs/ and data/; writes
+reports/index.html with its pictures, and reports/index.md with the tables.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from model import charts, showcase
+from model.metrics import normalise
+from pipeline import params, schema
+
+REPORTS = Path("reports")
+PRODUCTS_SHOWN = 12
+Keys = tuple[str, ...]  # keys into a metrics file
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells; `best` marks the highest number of a column among the models."""
+
+    head: list[str]
+    rows: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()  # (row, column)
+
+
+def at(scores: dict[str, Any] | None, path: Keys) -> float | None:
+    """The number at `path`, None where the file has none."""
+    found: Any = scores
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def columns(files: Sequence[dict[str, Any]]) -> list[tuple[str, Keys]]:
+    """The columns of the score table: fixed ones, then what occurs as origin and in OCR."""
+    fixed: list[tuple[str, Keys]] = [
+        ("F1", ("f1",)),
+        ("P", ("precision",)),
+        ("R", ("recall",)),
+        ("five-way F1", ("five_way", "f1")),
+        ("positives F1", ("positives_only", "f1")),
+    ]
+    origins = [name for name in schema.ORIGINS if any(name in one["by_origin"] for one in files)]
+    return [
+        *fixed,
+        *((f"{name} F1", ("by_origin", name, "f1")) for name in origins),
+        *(
+            (f"{text} F1", ("in_ocr", key, "f1"))
+            for key, text in (("read", "in OCR"), ("not_read", "not in OCR"))
+        ),
+    ]
+
+
+def mean_and_sd(values: Sequence[float | None]) -> str:
+    """`0.873 ± 0.004` (sample standard deviation), `0.873` of one seed, a dash of none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean = f"{statistics.fmean(numbers):.3f}"
+    return f"{mean} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else mean
+
+
+def score_table(cells: dict[str, dict[int, dict[str, Any] | None]]) -> Table:
+    """One row per model, then the floor and the probe; `cells[model][seed]` is a metrics file or None."""
+    done = [scores for seeds in cells.values() for scores in seeds.values() if scores]
+    if not done:
+        return Table(["model", "seeds"], [[name, "not run"] for name in cells])
+    shown = columns(done)
+    rows, means = [], []
+    for name, seeds in cells.items():
+        files = [scores for scores in seeds.values() if scores]
+        missing = [str(seed) for seed, scores in seeds.items() if not scores]
+        said = (
+            f"{len(files)}" + (f" (not run: {', '.join(missing)})" if missing else "") if files else "not run"
+        )
+        rows.append([name, said, *(mean_and_sd([at(one, path) for one in files]) for _, path in shown)])
+        means.append([text.split()[0] for text in rows[-1]])
+    best = set()
+    for column in range(2, len(shown) + 2):
+        highest = max(row[column] for row in means)
+        best |= {
+            (number, column)
+            for number, row in enumerate(means)
+            if len(means) > 1 and row[column] == highest and row[column] != "–"
+        }
+    floor, probe = done[0]["floor"], done[0]["probe"]
+    rows.append(["floor (no learning)", "", *(mean_and_sd([at(floor, path)]) for _, path in shown)])
+    linear: dict[Keys, float | None] = {}
+    if probe["visible"]["count"]:
+        linear["by_origin", "visible", "f1"] = probe["visible"]["f1"]
+    rows.append(
+        ["linear probe on region features", "", *(mean_and_sd([linear.get(path)]) for _, path in shown)]
+    )
+    return Table(["model", "seeds", *(title for title, _ in shown)], rows, frozenset(best))
+
+
+def cautions(files: Sequence[dict[str, Any]]) -> list[str]:
+    """What has to be said beside the numbers, from their `made_with`."""
+    said = []
+    weights = [one["made_with"]["weights"] for one in files]
+    if any(one["regions"] == "random" for one in weights):
+        said.append(
+            "The region features come from a detector with random weights: it was never trained. "
+            "Scores on visible values show the road, not what a trained detector reaches."
+        )
+    if any(one["words"] in ("random", None) for one in weights):
+        said.append("The word embeddings of at least one model start from random weights.")
+    return said
+
+
+# Data
+
+
+def data_tables(corpus: str) -> list[tuple[str, Table]]:
+    """Statistics of a corpus: splits, values per origin, attributes, and the stages' counts of statuses."""
+    splits: dict[str, Counter[str]] = {split: Counter() for split in schema.SPLITS}
+    origins: dict[str, Counter[str]] = {split: Counter() for split in schema.SPLITS}
+    attributes: dict[str, Counter[str]] = {}
+    known: dict[str, set[str]] = {}
+    for batch in pq.ParquetFile(Path("data", corpus, "products.parquet")).iter_batches():
+        for product in batch.to_pylist():
+            for split in {attribute["split"] for attribute in product["attributes"]}:
+                splits[split]["products"] += 1
+            for attribute in product["attributes"]:
+                values = attribute["values"]
+                splits[attribute["split"]].update(
+                    {"questions": 1, "without a value": not values, "values": len(values)}
+                )
+                origins[attribute["split"]].update(attribute["origins"])
+                attributes.setdefault(attribute["key"], Counter()).update(
+                    {"questions": 1, "without a value": not values, "several values": len(values) > 1}
+                )
+                known.setdefault(attribute["key"], set()).update(map(normalise, values))
+    head = ["products", "questions", "without a value", "values"]
+    names = [name for name in schema.ORIGINS if any(counts[name] for counts in origins.values())]
+    counted = ["questions", "without a value", "several values"]
+    tables = [
+        (
+            "Splits, and values by origin",
+            Table(
+                ["split", *head, *names],
+                [
+                    [split, *(f"{splits[split][key]:,}" for key in head)]
+                    + [f"{origins[split][name]:,}" for name in names]
+                    for split in schema.SPLITS
+                ],
+            ),
+        ),
+        (
+            "Attributes",
+            Table(
+                ["attribute", *counted, "distinct values"],
+                [
+                    [name, *(f"{counts[key]:,}" for key in counted), f"{len(known[name]):,}"]
+                    for name, counts in sorted(attributes.items())
+                ],
+            ),
+        ),
+    ]
+    stages = []
+    for stage in ("images", "ocr", "regions"):
+        path = Path("metrics", corpus, f"{stage}.json")
+        if path.is_file():
+            counts = json.loads(path.read_text(encoding="utf-8"))["status"]
+            stages.append([stage, ", ".join(f"{count:,} {status}" for status, count in counts.items())])
+    return [*tables, ("Rows of the slow stages by status", Table(["stage", "status"], stages))]
+
+
+# The report
+
+
+def figures(corpus: str, cells: dict[str, dict[int, dict[str, Any] | None]]) -> list[str]:
+    """SVG texts: F1 per origin and per attribute (means over seeds), then learning curves."""
+    done = {name: [one for one in seeds.values() if one] for name, seeds in cells.items()}
+    done = {name: files for name, files in done.items() if files}
+    drawn = []
+    for group, title in (("by_origin", "F1 by origin of the value"), ("by_attribute", "F1 by attribute")):
+        systems = {
+            name: {
+                key: statistics.fmean(one[group][key]["f1"] for one in files if key in one[group])
+                for key in sorted({key for one in files for key in one[group]})
+            }
+            for name, files in done.items()
+        }
+        floors = {
+            key: score["f1"] for files in done.values() for key, score in files[0]["floor"][group].items()
+        }
+        if systems:
+            drawn.append(charts.bars(systems, floors, title=title))
+    histories = {}
+    for name, seeds in cells.items():
+        for seed in seeds:
+            path = Path("runs", corpus, name, str(seed), "history.json")
+            if path.is_file():
+                histories[f"{name}, seed {seed}"] = json.loads(path.read_text(encoding="utf-8"))
+    curves = charts.curves(histories, title="Learning curves") if histories else None
+    return [*drawn, curves] if curves else drawn
+
+
+def section(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """All that the report says about one corpus."""
+    cells: dict[str, dict[int, dict[str, Any] | None]] = {}
+    for model in models:
+        paths = {seed: Path("metrics", corpus, model, f"{seed}.json") for seed in seeds}
+        cells[model] = {
+            seed: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            for seed, path in paths.items()
+        }
+    done = [(model, seed) for model, ran in cells.items() for seed, scores in ran.items() if scores]
+    files = [scores for ran in cells.values() for scores in ran.values() if scores]
+    return {
+        "corpus": corpus,
+        "scores": score_table(cells),
+        "cautions": cautions(files),
+        "engines": files[0]["made_with"]["engines"] | files[0]["made_with"]["weights"] if files else {},
+        "figures": figures(corpus, cells),
+        "data": data_tables(corpus) if Path("data", corpus, "products.parquet").is_file() else [],
+        "shown_by": "{}, seed {}".format(*done[0]) if done else None,
+        "products": showcase.shown(corpus, *done[0], number=PRODUCTS_SHOWN, reports=REPORTS) if done else [],
+    }
+
+
+def markdown(table: Table) -> str:
+    lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write(sections: Sequence[dict[str, Any]]) -> None:
+    """reports/index.html and reports/index.md."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    REPORTS.mkdir(exist_ok=True)
+    html = environment.get_template("report.html.j2").render(sections=sections)
+    (REPORTS / "index.html").write_text(html, encoding="utf-8")
+    parts = ["# Report"]
+    for one in sections:
+        parts += [f"## {one['corpus']}", *(f"> {caution}" for caution in one["cautions"])]
+        parts += ["### Scores on the test split", markdown(one["scores"])]
+        for title, table in one["data"]:
+            parts += [f"### {title}", markdown(table)]
+    (REPORTS / "index.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def tell(sections: Sequence[dict[str, Any]]) -> None:
+    """The score tables on the terminal, one column per system so that they fit, and where to look."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for one in sections:
+        scores = one["scores"]
+        table = RichTable(title=f"{one['corpus']}: test split", title_justify="left")
+        table.add_column("")
+        for row in scores.rows:
+            table.add_column(row[0], justify="right")
+        for number, title in enumerate(scores.head[1:], 1):
+            table.add_row(title, *(row[number] for row in scores.rows))
+        console.print(table)
+        for caution in one["cautions"]:
+            console.print(f"[yellow]{caution}[/yellow]")
+    console.print(f"Look at {REPORTS / 'index.html'} in a browser.")
+
+
+def run() -> None:
+    """Write the report on the corpora, models and seeds of config/run.json."""
+    path = params.CONFIG / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist (`dvc repro config` writes it)")
+    cells = json.loads(path.read_text(encoding="utf-8"))
+    sections = [section(corpus, cells["models"], cells["seeds"]) for corpus in cells["corpora"]]
+    write(sections)
+    tell(sections)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.report", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.parse_args()
+    try:
+        run()
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
