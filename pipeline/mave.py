@@ -63,7 +63,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def lines(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
     """`(line number from 1, line)`; blank lines are skipped, giant ones counted as `line too long`."""
     size = path.stat().st_size
-    with opened(path) as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+    with (
+        opened(path) as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
+    ):
         raw = _raw(file)
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):

@@ -7,8 +7,8 @@ metrics/CORPUS/products.json. Whatever cannot be used is counted there by reason
 """
 
 import argparse
-import html
 import heapq
+import html
 import json
 import re
 import sys
@@ -118,9 +118,7 @@ def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
     return paragraphs
 
 
-def _roots(
-    folder: Path, wanted: Iterable[str], tally: Tally
-) -> dict[str, tuple[str, list[str]]] | None:
+def _roots(folder: Path, wanted: Iterable[str], tally: Tally) -> dict[str, tuple[str, list[str]]] | None:
     """asin -> (root, image URLs) by membership in the per-root metadata files; None without such files.
 
     An asin in several files belongs to the alphabetically first.
@@ -209,7 +207,9 @@ def attributes(
         first = united.setdefault(attribute.key, attribute)
         if first is not attribute:
             if not (first.values or first.evidences) or not (attribute.values or attribute.evidences):
-                tally.add("asked twice, as positive and negative or twice negative", f"{asin}: {attribute.key}")
+                tally.add(
+                    "asked twice, as positive and negative or twice negative", f"{asin}: {attribute.key}"
+                )
             for value, origin in zip(attribute.values, attribute.origins, strict=True):
                 if value not in first.values:
                     first.values.append(value)

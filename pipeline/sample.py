@@ -300,7 +300,9 @@ def _metadata(product: Drawn, rng: random.Random) -> dict[str, Any]:
         "rank": f"{rng.randint(100, 90_000):,} in {root} (",
         "also_view": [],
         "details": {"Shipping Weight:": f"{rng.randint(2, 40)} ounces", "ASIN: ": product.asin},
-        "main_cat": root if rng.random() < 0.8 else f'<img src="https://example.invalid/a.png" alt="{root}"/>',
+        "main_cat": root
+        if rng.random() < 0.8
+        else f'<img src="https://example.invalid/a.png" alt="{root}"/>',
         "similar_item": "",
         "date": "",
         "price": f"${rng.randint(3, 39)}.{rng.randint(0, 99):02d}" if rng.random() < 0.7 else "",
@@ -400,7 +402,9 @@ def _write_files(
         empty = [attribute for attribute in label["attributes"] if not attribute.get("values")]
         positives += [{**label, "attributes": asked}] if asked else []
         negatives += [{**label, "attributes": empty}] if empty or not label["attributes"] else []
-    _write_lines(folder / "metadata" / "00-metadata.jsonl", metadata, '{"asin": "B0BROKEN00", "title": "cut o')
+    _write_lines(
+        folder / "metadata" / "00-metadata.jsonl", metadata, '{"asin": "B0BROKEN00", "title": "cut o'
+    )
     _write_lines(folder / "labels" / "00-positives.jsonl", positives, '{"id": "B0BROKEN00", "category": ')
     _write_lines(folder / "labels" / "01-negatives.jsonl", negatives, None)
 
@@ -499,5 +503,3 @@ def font(size_px: int) -> "ImageFont.FreeTypeFont":
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
     return ImageFont.truetype(str(path), size_px, layout_engine=ImageFont.Layout.BASIC)
-
-

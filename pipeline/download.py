@@ -1,0 +1,268 @@
+"""One pinned file over HTTP: resumed where it broke off, checked, and in place only when whole.
+
+Addresses are https on the hosts that the corpus names, at every redirect; plain http only on a loopback
+`host:port` that the user names. Partial files lie in .cache/downloads, outside DVC's reach.
+"""
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import aiohttp
+
+CACHE = Path(".cache/downloads")
+CHUNK_BYTES = 1 << 20
+MAX_REDIRECTS = 5
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+LFS_MAX_BYTES = 1024
+
+
+class Refused(ValueError):
+    """This address will not give the file, however often it is asked."""
+
+
+class Transient(Exception):
+    """Worth another try, not before `after_s` seconds where the server said so."""
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """A file is given up after `attempts` tries in a row that brought no byte."""
+
+    attempts: int = 6
+    first_wait_s: float = 1.0
+    max_wait_s: float = 120.0
+    connect_s: float = 30.0
+    silence_s: float = 60.0
+
+
+@dataclass(kw_only=True)
+class Download:
+    """`urls` are the address and its mirrors, in order; `sha256` None takes what comes (to pin it)."""
+
+    urls: Sequence[str]
+    sha256: str | None
+    size: int | None = None
+    plain_http: Collection[str] = ()
+    cache: Path = CACHE
+    patience: Patience = field(default_factory=Patience)
+
+    def fetch(self) -> Path:
+        """The finished file, in the cache. Raises `ValueError` with the reason of every address."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        if self.sha256 and (finished := self.cache / self.sha256).is_file():
+            if digest(finished) == self.sha256:
+                return finished
+            finished.unlink()
+        reasons = []
+        for url in self.urls:
+            try:
+                return asyncio.run(self._from(url))
+            except (Refused, Transient) as error:
+                reasons.append(f"{url}: {error}")
+        raise ValueError("cannot be downloaded:\n  " + "\n  ".join(reasons))
+
+    async def _from(self, url: str) -> Path:
+        import aiohttp
+        import tenacity
+
+        partial = _Partial(self.cache, url, self.sha256)
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self.patience.connect_s, sock_read=self.patience.silence_s
+        )
+        fruitless = 0
+
+        def is_over(_: tenacity.RetryCallState) -> bool:
+            return fruitless >= self.patience.attempts
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            told = error.after_s if isinstance(error, Transient) else None
+            backoff = tenacity.wait_random_exponential(
+                multiplier=self.patience.first_wait_s, max=self.patience.max_wait_s
+            )
+            return min(self.patience.max_wait_s, max(told or 0.0, backoff(state)))
+
+        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True) as session:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception_type(Transient), stop=is_over, wait=wait_s, reraise=True
+            ):
+                with attempt:
+                    before = partial.offset
+                    try:
+                        await self._attempt(session, url, partial)
+                    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                        fruitless = 0 if partial.offset > before else fruitless + 1
+                        raise Transient(f"{type(error).__name__}: {error}") from error
+                    except Transient:
+                        fruitless = 0 if partial.offset > before else fruitless + 1
+                        raise
+        return self._finish(partial)
+
+    async def _attempt(self, session: "aiohttp.ClientSession", url: str, partial: "_Partial") -> None:
+        """Bring the rest of the file, or raise."""
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_address(url)
+            async with session.get(url, headers=partial.request_headers(), allow_redirects=False) as response:
+                if response.status in (301, 302, 303, 307, 308):
+                    url = urljoin(url, response.headers.get("Location", ""))
+                    continue
+                await self._receive(response, partial)
+                return
+        raise Refused(f"more than {MAX_REDIRECTS} redirects")
+
+    def _check_address(self, url: str) -> None:
+        parts = urlsplit(url)
+        hosts = {urlsplit(known).netloc for known in self.urls}
+        if parts.username or parts.password:
+            raise Refused("the address carries a user name")
+        if parts.scheme == "http" and parts.netloc in self.plain_http:
+            return
+        if parts.scheme != "https":
+            raise Refused(f"{parts.scheme}://{parts.netloc} is not https")
+        if parts.netloc not in hosts:
+            raise Refused(
+                f"leads to {parts.netloc}, which is no host of this file; list it as a mirror to allow it"
+            )
+
+    async def _receive(self, response: "aiohttp.ClientResponse", partial: "_Partial") -> None:
+        status = response.status
+        if status in TRANSIENT:
+            raise Transient(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+        if status == 416:
+            partial.restart()
+            raise Transient("HTTP 416: the partial file does not fit")
+        if status not in (200, 206):
+            raise Refused(f"HTTP {status}")
+        start, total = _extent(response)
+        if start != (partial.offset if status == 206 else 0):
+            partial.restart()
+            raise Transient(f"asked for byte {partial.offset} on, got byte {start} on")
+        if status == 200:
+            partial.restart()
+            partial.remember(response.headers)
+        if self.size is not None and total is not None and total != self.size:
+            raise Refused(f"holds {total} bytes, pinned {self.size}")
+        with (
+            partial.path.open("ab") as file,
+            tqdm(total=total, initial=partial.offset, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+                if self.size is not None and file.tell() > self.size:
+                    partial.restart()
+                    raise Refused(f"holds more than the pinned {self.size} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+        expected = self.size if total is None else total
+        if expected is not None and partial.offset < expected:
+            raise Transient(f"{partial.offset} of {expected} bytes")
+
+    def _finish(self, partial: "_Partial") -> Path:
+        """Check the whole file and give it its name."""
+        check_not_pointer(partial.path)
+        found = digest(partial.path)
+        if self.sha256 and found != self.sha256:
+            size = partial.offset
+            partial.restart()
+            raise Refused(f"has sha256 {found} ({size} bytes), pinned {self.sha256}")
+        finished = self.cache / found
+        partial.path.replace(finished)
+        partial.restart()
+        return finished
+
+
+class _Partial:
+    """The part of a file that is on disk, and the validator of the version it is a part of."""
+
+    def __init__(self, cache: Path, url: str, sha256: str | None) -> None:
+        name = hashlib.sha256(f"{url}\0{sha256}".encode()).hexdigest()[:32]
+        self.path = cache / f"{name}.part"
+        self._state = cache / f"{name}.json"
+
+    @property
+    def offset(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def request_headers(self) -> dict[str, str]:
+        headers = {"Accept-Encoding": "identity"}
+        validator = self._validator()
+        if self.offset and validator is None:
+            self.restart()
+        if self.offset and validator:
+            headers |= {"Range": f"bytes={self.offset}-", "If-Range": validator}
+        return headers
+
+    def remember(self, headers: Any) -> None:
+        """Keep a strong ETag, else the date; without either the next try starts anew."""
+        etag = headers.get("ETag", "")
+        validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+        if validator:
+            self._state.write_text(json.dumps({"validator": validator}))
+
+    def restart(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._state.unlink(missing_ok=True)
+
+    def _validator(self) -> str | None:
+        try:
+            return str(json.loads(self._state.read_text())["validator"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raise `ValueError` where a Git LFS pointer stands in for the data."""
+    with path.open("rb") as file:
+        head = file.read(LFS_MAX_BYTES)
+    if head.startswith(LFS_MAGIC):
+        named = [line for line in head.decode("ascii", "replace").splitlines() if line.startswith("oid ")]
+        raise Refused(f"a Git LFS pointer, not the data ({named[0] if named else 'without an oid'})")
+
+
+def is_loopback(place: str) -> bool:
+    """Whether `host:port` is on this machine."""
+    host, _, port = place.rpartition(":")
+    if not port.isdigit():
+        return False
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _extent(response: "aiohttp.ClientResponse") -> tuple[int, int | None]:
+    """First byte of the body and size of the whole file, where the server says it."""
+    if response.status != 206:
+        return 0, response.content_length
+    span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+    first = span.partition("-")[0]
+    return (int(first) if first.isdigit() else -1), (int(total) if total.isdigit() else None)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    return float(retry_after) if retry_after and retry_after.isdigit() else None
