@@ -2,8 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.shards import ShardFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,49 @@ class Extraction:
     source: Source = field(default_factory=lambda: Source("vocabulary"))
 
 
+class Images:
+    """OCR lines and regions of a corpus by asin. Features are views of mapped memory."""
+
+    def __init__(self, corpus: str) -> None:
+        self.ocr = ShardFolder(Path("data", corpus, "ocr"))
+        self.regions = ShardFolder(Path("data", corpus, "regions"))
+
+    def of(self, asin: str) -> dict[str, Any]:
+        """The fields of `Product` that come from the image; empty where there is no usable one."""
+        lines = self.ocr.get(asin)["lines"] or ()
+        features = self.regions.array(asin)
+        boxes = self.regions.get(asin)["boxes"]
+        usable = features is not None and len(features) > 0
+        return {
+            "ocr": tuple(OcrLine(line["text"], line["confidence"], tuple(line["quad"])) for line in lines),
+            "boxes": np.array(boxes, np.float32) if usable else None,
+            "regions": features if usable else None,
+        }
+
+
 def questions(corpus: str, split: str) -> Iterator[Question]:
-    """All questions of one split, in the order of products.parquet, OCR and regions joined by asin."""
-    raise NotImplementedError
+    """All questions of one split, in the order of products.parquet, OCR and regions joined by asin.
+
+    Raises `ValueError` when a stage's output is incomplete, `KeyError` when a product has no row there.
+    """
+    images = Images(corpus)
+    for batch in pq.ParquetFile(Path("data", corpus, "products.parquet")).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            asked = [attribute for attribute in row["attributes"] if attribute["split"] == split]
+            if not asked:
+                continue
+            product = Product(
+                item=row["item"],
+                asin=row["asin"],
+                category=row["category"],
+                paragraphs=tuple((paragraph["text"], paragraph["source"]) for paragraph in row["paragraphs"]),
+                **images.of(row["asin"]),
+            )
+            for attribute in asked:
+                yield Question(
+                    product=product,
+                    attribute=attribute["key"],
+                    values=tuple(attribute["values"]),
+                    origins=tuple(attribute["origins"]),
+                    evidences=tuple(Evidence(**evidence) for evidence in attribute["evidences"]),
+                )

@@ -1,0 +1,37 @@
+"""Trained models on disk: a transformers folder, and what is needed to use it again."""
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from model.examples import Extraction, Question
+
+PROVENANCE = "provenance.json"
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model, in evaluation mode and on the GPU where there is one, and its processor.
+
+    Raises `ValueError` when the folder is not one that `model.train` finished.
+    """
+    import torch
+
+    about = Path(folder) / PROVENANCE
+    if not about.is_file():
+        raise ValueError(f"{folder} is not a trained model: it has no {PROVENANCE}")
+    architecture = importlib.import_module(json.loads(about.read_text())["architecture"])
+    model = architecture.Model.from_pretrained(folder, use_safetensors=True)
+    processor = architecture.Processor.from_pretrained(folder)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def extract(
+    model: Any, processor: Any, questions: Iterable[Question], *, batch_size: int
+) -> Iterator[tuple[Extraction, ...]]:
+    """The extractions of each question, in order. The model must be in evaluation mode."""
+    waiting = iter(questions)
+    while batch := list(islice(waiting, batch_size)):
+        yield from model.extract([processor.encode(question) for question in batch], processor)

@@ -1,0 +1,387 @@
+"""From questions to tensors and back: hyper-tokens, local-tokens, tags, outputs, and where values stand.
+
+Every text of a product becomes a segment with a hyper-token of its own; when a kind of segment
+has no slot left, further texts join the last one of their kind (the paper's n <= 20).
+Shapes: B batch, N hyper-tokens, T text tokens, R regions, L = T + R local-tokens, Y output tokens,
+S text segments of the batch.
+"""
+
+import json
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from model.examples import Extraction, Question, Source
+from model.tagging import O, encode_tags
+
+SLOTS = {"attribute": 1, "title": 1, "description": 4, "feature": 6, "other": 1, "ocr": 6, "image": 1}
+KINDS = tuple(SLOTS)
+FIRST_SLOT = dict(zip(SLOTS, np.cumsum([0, *SLOTS.values()]).tolist(), strict=False))
+NUM_SLOTS = sum(SLOTS.values())
+IGNORED = -100
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a text token stands: `text` or `ocr`, which paragraph or line, which characters."""
+
+    kind: str
+    index: int
+    begin: int
+    end: int
+
+
+@dataclass(slots=True)
+class Segment:
+    """One hyper-token and its text tokens."""
+
+    kind: str
+    slot: int
+    ids: list[int] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One question as numbers. `tags` and `targets` are empty lists where the answer is not asked."""
+
+    question: Question
+    segments: list[Segment]  # the attribute's first; without the image's
+    regions: np.ndarray  # (R, width) float16
+    tags: list[list[int]]  # of every segment but the attribute's
+    targets: list[int]
+
+
+def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:
+    """Cut the longest first until the sum is within `budget`: [2, 9, 5] in 10 gives [2, 4, 4].
+
+    What cannot be shared evenly goes to the earliest.
+    """
+    lengths = list(lengths)
+    if sum(lengths) <= budget:
+        return lengths
+    cap = 0
+    while sum(min(n, cap + 1) for n in lengths) <= budget:
+        cap += 1
+    spare = budget - sum(min(n, cap) for n in lengths)
+    fitted = []
+    for n in lengths:
+        extra = int(n > cap and spare > 0)
+        spare -= extra
+        fitted.append(min(n, cap) + extra)
+    return fitted
+
+
+def occurrences(needle: Sequence[int], haystack: Sequence[int]) -> list[tuple[int, int]]:
+    """Half-open spans at which `needle` stands in `haystack`; an empty needle stands nowhere."""
+    size = len(needle)
+    return [
+        (i, i + size)
+        for i in range(len(haystack) - size + 1)
+        if size and list(haystack[i : i + size]) == list(needle)
+    ]
+
+
+def character_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the characters of `texts`, lower-cased, most frequent first."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    counts = Counter(character for text in texts for character in text.lower() if not character.isspace())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[VALUE]"]
+    words += sorted(counts, key=lambda character: (-counts[character], character))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        additional_special_tokens=["[VALUE]"],
+    )
+
+
+class Processor:
+    """Turns questions into batches, and a model's output tokens into extractions.
+
+    Args:
+        tokenizer: any with [PAD], [CLS], [SEP] and a token to part values ([unused0] or [VALUE]).
+        image, ocr: whether the model sees regions and OCR lines at all.
+        max_length: local-tokens (text and regions); longer texts are cut, the longest first, and counted.
+        max_output_length: output tokens, the end token not counted.
+        region_width: width of a region's feature.
+    """
+
+    FILE = "processor_config.json"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        image: bool,
+        ocr: bool,
+        max_length: int,
+        max_output_length: int,
+        region_width: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image, self.ocr = image, ocr
+        self.max_length, self.max_output_length = max_length, max_output_length
+        self.region_width = region_width
+        self.pad, self.begin, self.end = (
+            tokenizer.pad_token_id,
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+        )
+        vocabulary = tokenizer.get_vocab()
+        self.separator = next(vocabulary[word] for word in ("[unused0]", "[VALUE]") if word in vocabulary)
+        self.characters = "[VALUE]" in vocabulary
+        self.truncated: Counter[str] = Counter()
+        self._pieces = lru_cache(maxsize=1 << 16)(self._tokenize)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        names = ("image", "ocr", "max_length", "max_output_length", "region_width")
+        settings = {name: getattr(self, name) for name in names}
+        (Path(folder) / self.FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Processor":
+        settings = json.loads((Path(folder) / cls.FILE).read_text())
+        return cls(AutoTokenizer.from_pretrained(folder), **settings)
+
+    def _tokenize(self, text: str) -> tuple[tuple[int, int, int], ...]:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return tuple(
+            (piece, begin, end)
+            for piece, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return [piece for piece, _, _ in self._pieces(text)]
+
+    def _segments(self, question: Question) -> list[Segment]:
+        product = question.product
+        attribute = Segment("attribute", FIRST_SLOT["attribute"], self._ids(question.attribute))
+        segments = [attribute]
+        texts = [
+            (source if source in SLOTS else "other", "text", index, text)
+            for index, (text, source) in enumerate(product.paragraphs)
+        ]
+        if self.ocr:
+            texts += [("ocr", "ocr", index, line.text) for index, line in enumerate(product.ocr)]
+        used: Counter[str] = Counter()
+        last: dict[str, Segment] = {}
+        for kind, place, index, text in texts:
+            pieces = self._pieces(text)
+            if not pieces:
+                continue
+            if used[kind] < SLOTS[kind]:
+                last[kind] = Segment(kind, FIRST_SLOT[kind] + used[kind])
+                segments.append(last[kind])
+                used[kind] += 1
+            else:
+                self.truncated["texts that joined the last segment of their kind"] += 1
+            last[kind].ids += [piece for piece, _, _ in pieces]
+            last[kind].places += [Place(place, index, begin, end) for _, begin, end in pieces]
+        return segments
+
+    def _tags(self, question: Question, segment: Segment) -> list[int]:
+        spans = []
+        if segment.kind == "ocr":  # appendix B: values are matched with the OCR text
+            for value in question.values:
+                spans += occurrences(self._ids(value), segment.ids)
+        else:
+            for evidence in question.evidences:
+                inside = [
+                    i
+                    for i, place in enumerate(segment.places)
+                    if place.index == evidence.paragraph
+                    and place.begin < evidence.end
+                    and evidence.begin < place.end
+                ]
+                if inside:
+                    spans.append((inside[0], inside[-1] + 1))
+        return encode_tags(len(segment.ids), spans)
+
+    def _targets(self, question: Question) -> list[int]:
+        targets: list[int] = []
+        for value in question.values:
+            targets += ([self.separator] if targets else []) + self._ids(value)
+        if len(targets) > self.max_output_length:
+            self.truncated["outputs"] += 1
+        return [*targets[: self.max_output_length], self.end]
+
+    def encode(self, question: Question) -> Encoded:
+        """Raises `ValueError` when the region features are not `region_width` wide."""
+        segments = self._segments(question)
+        regions = question.product.regions if self.image else None
+        if regions is None:
+            regions = np.zeros((0, self.region_width), np.float16)
+        if regions.shape[1] != self.region_width:
+            raise ValueError(
+                f"{question.product.asin}: regions are {regions.shape[1]} wide, "
+                f"the model was made for {self.region_width}"
+            )
+        regions = regions[::-1]  # the whole image first, at a position of its own
+        lengths = [len(segment.ids) for segment in segments]
+        for segment, kept in zip(segments, fit_lengths(lengths, self.max_length - len(regions)), strict=True):
+            if kept < len(segment.ids):
+                self.truncated["text tokens"] += len(segment.ids) - kept
+                segment.ids, segment.places = segment.ids[:kept], segment.places[:kept]
+        return Encoded(
+            question=question,
+            segments=segments,
+            regions=regions,
+            tags=[self._tags(question, segment) for segment in segments[1:]],
+            targets=self._targets(question),
+        )
+
+    def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Pads at the end. Text tokens come before regions in `segment` and `position`.
+
+        Returns:
+            hyper_slot, hyper_kind (B, N); hyper_mask (B, N) bool; the attribute's is the first.
+            input_ids (B, T); segment (B, L), -1 at padding; position (B, L), from 0 in each segment.
+            regions (B, R, width) float32; copy_mask (B, T) bool, False for the attribute's words.
+            tag_index (S, M), into the flattened (B * T) tokens; tag_mask (S, M) bool; tags (S, M).
+            decoder_input_ids, targets (B, Y), targets IGNORED at padding.
+        """
+        batch = len(examples)
+        num_text = max(sum(len(segment.ids) for segment in example.segments) for example in examples)
+        num_regions = max(len(example.regions) for example in examples)
+        num_hyper = max(len(example.segments) + (len(example.regions) > 0) for example in examples)
+        num_output = max(len(example.targets) for example in examples)
+        hyper_slot = torch.zeros(batch, num_hyper, dtype=torch.long)
+        hyper_kind = torch.zeros(batch, num_hyper, dtype=torch.long)
+        hyper_mask = torch.zeros(batch, num_hyper, dtype=torch.bool)
+        input_ids = torch.full((batch, num_text), self.pad)
+        segment_of = torch.full((batch, num_text + num_regions), -1)
+        position = torch.zeros(batch, num_text + num_regions, dtype=torch.long)
+        regions = torch.zeros(batch, num_regions, self.region_width)
+        copy_mask = torch.zeros(batch, num_text, dtype=torch.bool)
+        decoder_input_ids = torch.full((batch, num_output), self.pad)
+        targets = torch.full((batch, num_output), IGNORED)
+        chains: list[tuple[int, list[int]]] = []
+        for row, example in enumerate(examples):
+            start = 0
+            for hyper, segment in enumerate(example.segments):
+                stop = start + len(segment.ids)
+                hyper_slot[row, hyper] = segment.slot
+                hyper_kind[row, hyper] = KINDS.index(segment.kind)
+                hyper_mask[row, hyper] = True
+                input_ids[row, start:stop] = torch.tensor(segment.ids, dtype=torch.long)
+                segment_of[row, start:stop] = hyper
+                position[row, start:stop] = torch.arange(stop - start)
+                if hyper > 0:
+                    copy_mask[row, start:stop] = True
+                    chains.append((row * num_text + start, example.tags[hyper - 1]))
+                start = stop
+            if len(example.regions):
+                hyper, count = len(example.segments), len(example.regions)
+                hyper_slot[row, hyper] = FIRST_SLOT["image"]
+                hyper_kind[row, hyper] = KINDS.index("image")
+                hyper_mask[row, hyper] = True
+                segment_of[row, num_text : num_text + count] = hyper
+                position[row, num_text : num_text + count] = torch.arange(count)
+                regions[row, :count] = torch.from_numpy(example.regions.astype(np.float32))
+            size = len(example.targets)
+            targets[row, :size] = torch.tensor(example.targets)
+            decoder_input_ids[row, :size] = torch.tensor([self.begin, *example.targets[:-1]])
+        longest = max((len(tags) for _, tags in chains), default=0) or 1
+        tag_index = torch.zeros(len(chains), longest, dtype=torch.long)
+        tag_mask = torch.zeros(len(chains), longest, dtype=torch.bool)
+        tags = torch.full((len(chains), longest), O)
+        for row, (start, labels) in enumerate(chains):
+            tag_index[row, : len(labels)] = torch.arange(start, start + len(labels))
+            tag_mask[row, : len(labels)] = True
+            tags[row, : len(labels)] = torch.tensor(labels, dtype=torch.long)
+        return {
+            "hyper_slot": hyper_slot,
+            "hyper_kind": hyper_kind,
+            "hyper_mask": hyper_mask,
+            "input_ids": input_ids,
+            "segment": segment_of,
+            "position": position,
+            "regions": regions,
+            "copy_mask": copy_mask,
+            "tag_index": tag_index,
+            "tag_mask": tag_mask,
+            "tags": tags,
+            "decoder_input_ids": decoder_input_ids,
+            "targets": targets,
+        }
+
+    def decode(
+        self, example: Encoded, tokens: Sequence[int], score: float, copied: Sequence[Sequence[float]]
+    ) -> tuple[Extraction, ...]:
+        """The values that an output spells, each with the place it was copied from.
+
+        Args:
+            tokens: output ids up to the end token, which may be missing.
+            score: probability of the whole output.
+            copied: (Y, T), the part of each output token's probability that was copied from each text
+                token, as a share of the token's whole probability. A value counts as read from a text
+                when more than half of it was copied; then its spelling is the text's own.
+        """
+        tokens = list(tokens)
+        if self.end in tokens:
+            tokens = tokens[: tokens.index(self.end)]
+        values, begin = [], 0
+        for stop in [*[i for i, token in enumerate(tokens) if token == self.separator], len(tokens)]:
+            if pieces := tokens[begin:stop]:
+                values.append(self._extraction(example, pieces, score, np.asarray(copied[begin:stop])))
+            begin = stop + 1
+        unique = {value.value: value for value in reversed(values) if value.value}
+        return tuple(value for value in values if unique.get(value.value) is value)
+
+    def _extraction(
+        self, example: Encoded, pieces: list[int], score: float, copied: np.ndarray
+    ) -> Extraction:
+        ids = [piece for segment in example.segments for piece in segment.ids]
+        places = [
+            place for segment in example.segments for place in (segment.places or [None] * len(segment.ids))
+        ]
+        spans = [
+            (begin, end)
+            for begin, end in occurrences(pieces, ids)
+            if all(place is not None for place in places[begin:end])
+            and len({(place.kind, place.index) for place in places[begin:end] if place}) == 1
+        ]
+        if spans and copied.sum() > 0.5 * len(pieces):
+            steps = np.arange(len(pieces))
+            begin, end = max(spans, key=lambda span: copied[steps, np.arange(*span)].sum())
+            first, last = places[begin], places[end - 1]
+            assert first is not None
+            assert last is not None
+            source = Source(first.kind, first.index, first.begin, last.end)
+            product = example.question.product
+            text = (
+                product.paragraphs[first.index][0] if first.kind == "text" else product.ocr[first.index].text
+            )
+            return Extraction(text[first.begin : last.end], score, source)
+        return Extraction(self.spell(pieces), score)
+
+    def spell(self, pieces: Sequence[int]) -> str:
+        """Word pieces to text, without the blanks that the tokenizer puts around punctuation."""
+        words = self.tokenizer.convert_ids_to_tokens(list(pieces))
+        if self.characters:
+            return "".join(words)
+        text = ""
+        for word in words:
+            joined = word.startswith("##")
+            bare = word[2:] if joined else word
+            glue = joined or not text or bare in string.punctuation or text[-1] in string.punctuation
+            text += bare if glue else " " + bare
+        return text

@@ -1,0 +1,342 @@
+"""SMARTAVE: one structured Transformer over all modalities of a product (section 3, appendix A).
+
+Shapes: B batch, N hyper-tokens, T text tokens, R regions, L = T + R local-tokens, D width,
+Y output tokens, S text segments. Masks are True where something is there.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from model.decoder import CopyDecoder, beam_search, log_copied, mixture
+from model.encoder import Encoder
+from model.examples import Extraction, Question
+from model.processor import IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
+from model.tagging import Tagger
+from pipeline import params
+
+__all__ = ["Config", "Model", "Processor", "Settings"]
+
+
+class Settings(params.Settings):
+    """The paper's Table 6 for MAVE; `image` and `ocr` say what the model sees."""
+
+    image: bool = True
+    ocr: bool = True
+    pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
+    pretrained_layers: bool = False
+    tokenizer: str = "pretrained"  # or "characters": those of the training split
+    hidden_size: int = Field(768, ge=1)
+    encoder_layers: int = Field(12, ge=1)
+    encoder_heads: int = Field(12, ge=1)
+    decoder_layers: int = Field(4, ge=1)
+    decoder_heads: int = Field(6, ge=1)
+    intermediate_size: int = Field(3072, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    max_length: int = Field(1024, ge=8)
+    max_output_length: int = Field(10, ge=1)
+    beam_width: int = Field(5, ge=1)
+    alpha: float = Field(0.6, ge=0)
+
+
+class Config(PretrainedConfig):
+    """Sizes of a Smartave model; the defaults are the paper's."""
+
+    model_type = "smartave"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 30522,
+        max_position: int = 1024,
+        region_width: int = 2048,
+        hidden_size: int = 768,
+        encoder_layers: int = 12,
+        encoder_heads: int = 12,
+        decoder_layers: int = 4,
+        decoder_heads: int = 6,
+        intermediate_size: int = 3072,
+        dropout: float = 0.1,
+        max_output_length: int = 10,
+        beam_width: int = 5,
+        alpha: float = 0.6,
+        begin_token: int = 101,
+        end_token: int = 102,
+        **kwargs,
+    ) -> None:
+        self.vocab_size, self.max_position, self.region_width = vocab_size, max_position, region_width
+        self.hidden_size, self.intermediate_size, self.dropout = hidden_size, intermediate_size, dropout
+        self.encoder_layers, self.encoder_heads = encoder_layers, encoder_heads
+        self.decoder_layers, self.decoder_heads = decoder_layers, decoder_heads
+        self.max_output_length, self.beam_width, self.alpha = max_output_length, beam_width, alpha
+        self.begin_token, self.end_token = begin_token, end_token
+        super().__init__(**kwargs)
+
+
+def checkpoint_path(name: str) -> str:
+    """`package:NAME/FOLDER` is a folder inside an installed package; anything else is returned as it is."""
+    if not name.startswith("package:"):
+        return name
+    from importlib.resources import files
+
+    package, _, folder = name.removeprefix("package:").partition("/")
+    path = Path(str(files(package))) / folder
+    if not path.is_dir():
+        raise ValueError(f"{name}: {path} is not a folder")
+    return str(path)
+
+
+class Model(PreTrainedModel):
+    """Encoder, copy decoder on the Attribute hyper-token, and CRF tagging as an auxiliary task.
+
+    The output matrix W_v is the word embedding, as in the checkpoint that it starts from.
+    """
+
+    config_class = Config
+    main_input_name = "input_ids"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_position, width)
+        self.hyper = nn.Embedding(NUM_SLOTS, width)
+        self.modality = nn.Embedding(len(KINDS), width)
+        self.token_type = nn.Embedding(2, width)  # hyper, local
+        self.region = nn.Linear(config.region_width, width)
+        # Standardising is an affine map of the features, which the projection W_p absorbs:
+        # it changes where training starts, not what the model can express.
+        self.register_buffer("region_mean", torch.zeros(config.region_width))
+        self.register_buffer("region_std", torch.ones(config.region_width))
+        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.encoder = Encoder(
+            num_layers=config.encoder_layers,
+            hidden_size=width,
+            num_heads=config.encoder_heads,
+            intermediate_size=config.intermediate_size,
+            dropout=config.dropout,
+        )
+        self.decoder = CopyDecoder(
+            num_layers=config.decoder_layers,
+            hidden_size=width,
+            num_heads=config.decoder_heads,
+            intermediate_size=config.intermediate_size,
+            dropout=config.dropout,
+        )
+        self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.tagger = Tagger(hidden_size=width)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def start(
+        cls, settings: Settings, questions: Sequence[Question], region_width: int
+    ) -> tuple["Model", Processor]:
+        """An untrained model and its processor, from the settings and the training split.
+
+        Takes from the training questions the statistics of the region features and, with
+        `tokenizer: characters`, the vocabulary. Raises `ValueError` when the pretrained checkpoint
+        does not fit.
+        """
+        path = checkpoint_path(settings.pretrained) if settings.pretrained else None
+        if settings.tokenizer == "characters":
+            texts = [text for q in questions for text, _ in q.product.paragraphs]
+            texts += [text for q in questions for text in (q.attribute, *q.values)]
+            tokenizer = character_tokenizer(texts)
+        elif path is None:
+            raise ValueError("tokenizer: pretrained needs a checkpoint, and pretrained is null")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = Processor(
+            tokenizer,
+            image=settings.image,
+            ocr=settings.ocr,
+            max_length=settings.max_length,
+            max_output_length=settings.max_output_length,
+            region_width=region_width,
+        )
+        names = set(Settings.model_fields) - {"image", "ocr", "pretrained", "pretrained_layers", "tokenizer"}
+        config = Config(
+            vocab_size=len(tokenizer),
+            max_position=max(settings.max_length, 512),
+            region_width=region_width,
+            begin_token=processor.begin,
+            end_token=processor.end,
+            **settings.model_dump(include=names - {"max_length"}),
+        )
+        model = cls(config)
+        if path is not None:
+            model.load_pretrained(path, layers=settings.pretrained_layers, tokenizer=tokenizer)
+        if settings.image:
+            model.measure_regions(questions)
+        return model, processor
+
+    @torch.no_grad()
+    def load_pretrained(self, path: str, *, layers: bool, tokenizer) -> None:
+        """Word, position and type embeddings from a BERT checkpoint, by word; with `layers` also its layers.
+
+        Each pattern's Q and K start from the layer's Q and K, both V from its V.
+        """
+        bert = AutoModel.from_pretrained(path)
+        width = bert.config.hidden_size
+        if width != self.config.hidden_size:
+            raise ValueError(f"{path} is {width} wide, hidden_size is {self.config.hidden_size}")
+        theirs = AutoTokenizer.from_pretrained(path).get_vocab()
+        pairs = [(i, theirs[word]) for word, i in tokenizer.get_vocab().items() if word in theirs]
+        ours, source = map(list, zip(*pairs, strict=True))
+        embeddings = bert.embeddings
+        self.word.weight[ours] = embeddings.word_embeddings.weight[source]
+        known = min(self.config.max_position, embeddings.position_embeddings.num_embeddings)
+        self.position.weight[:known] = embeddings.position_embeddings.weight[:known]
+        self.embedding_norm.load_state_dict(embeddings.LayerNorm.state_dict())
+        if not layers:
+            return
+        if bert.config.num_hidden_layers < self.config.encoder_layers:
+            raise ValueError(
+                f"{path} has {bert.config.num_hidden_layers} layers, "
+                f"encoder_layers is {self.config.encoder_layers}"
+            )
+        for ours_layer, layer in zip(self.encoder.layers, bert.encoder.layer, strict=False):
+            attention = ours_layer.attention
+            for pattern in attention.patterns:
+                attention.query[pattern].load_state_dict(layer.attention.self.query.state_dict())
+                attention.key[pattern].load_state_dict(layer.attention.self.key.state_dict())
+            attention.value_local.load_state_dict(layer.attention.self.value.state_dict())
+            attention.value_hyper.load_state_dict(layer.attention.self.value.state_dict())
+            attention.output.load_state_dict(layer.attention.output.dense.state_dict())
+            ours_layer.attention_norm.load_state_dict(layer.attention.output.LayerNorm.state_dict())
+            ours_layer.intermediate.load_state_dict(layer.intermediate.dense.state_dict())
+            ours_layer.output.load_state_dict(layer.output.dense.state_dict())
+            ours_layer.output_norm.load_state_dict(layer.output.LayerNorm.state_dict())
+
+    @torch.no_grad()
+    def measure_regions(self, questions: Sequence[Question]) -> None:
+        """Mean and standard deviation of the training products' region features, each product once."""
+        products = {q.product.asin: q.product for q in questions if q.product.regions is not None}
+        count, total, squares = 0, np.zeros(self.config.region_width), np.zeros(self.config.region_width)
+        for product in products.values():
+            features = product.regions.astype(np.float64)
+            count += len(features)
+            total += features.sum(0)
+            squares += (features**2).sum(0)
+        if count:
+            mean = total / count
+            std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+            std[std < 1e-6] = 1.0
+            self.region_mean.copy_(torch.from_numpy(mean))
+            self.region_std.copy_(torch.from_numpy(std))
+
+    def embed(self, ids: Tensor, position: Tensor, kind: Tensor) -> Tensor:
+        """Word, type and modality embedding; positions restart in each segment (section 3.3)."""
+        return self.word(ids) + self.position(position) + self.token_type.weight[1] + self.modality(kind)
+
+    def encode(
+        self,
+        *,
+        hyper_slot: Tensor,
+        hyper_kind: Tensor,
+        hyper_mask: Tensor,
+        input_ids: Tensor,
+        segment: Tensor,
+        position: Tensor,
+        regions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Encoded hyper-tokens (B, N, D) and text tokens (B, T, D); the attribute's hyper-token is first."""
+        num_text = input_ids.shape[1]
+        kind = hyper_kind.gather(1, segment.clamp_min(0))  # (B, L)
+        hyper = self.hyper(hyper_slot) + self.token_type.weight[0] + self.modality(hyper_kind)
+        text = self.embed(input_ids, position[:, :num_text], kind[:, :num_text])
+        standard = (regions - self.region_mean) / self.region_std
+        image = self.region(standard.to(self.region.weight.dtype)) + self.position(position[:, num_text:])
+        image = image + self.token_type.weight[1] + self.modality(kind[:, num_text:])
+        local = torch.cat([text, image], dim=1)
+        hyper = self.embedding_dropout(self.embedding_norm(hyper))
+        local = self.embedding_dropout(self.embedding_norm(local))
+        hyper, local = self.encoder(hyper, local, hyper_mask, segment)
+        return hyper, local[:, :num_text]
+
+    def decode_step(
+        self, prefix: Tensor, memory: Tensor, text: Tensor, copy_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vocabulary log-probabilities (B, Y, V), copy weights (B, Y, T), gate logits (B, Y)."""
+        positions = torch.arange(prefix.shape[1], device=prefix.device)
+        embedded = self.embedding_norm(self.word(prefix) + self.position(positions))
+        states, copy, gate = self.decoder(self.embedding_dropout(embedded), memory, text, copy_mask)
+        logits = nn.functional.linear(states, self.word.weight, self.vocabulary_bias)
+        return logits.float().log_softmax(-1), copy, gate
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        copy_mask: Tensor,
+        tag_index: Tensor,
+        tag_mask: Tensor,
+        tags: Tensor,
+        decoder_input_ids: Tensor,
+        targets: Tensor,
+        **layout: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate."""
+        hyper, text = self.encode(input_ids=input_ids, **layout)
+        log_probs, copy, gate = self.decode_step(decoder_input_ids, hyper[:, :1], text, copy_mask)
+        wanted = targets.clamp_min(0)
+        generated = log_probs.gather(-1, wanted[..., None]).squeeze(-1)
+        log_likelihood = torch.logaddexp(
+            nn.functional.logsigmoid(gate) + generated,
+            nn.functional.logsigmoid(-gate) + log_copied(copy, input_ids, wanted),
+        )
+        decoder_loss = -log_likelihood[targets != IGNORED].mean()
+        states = text.flatten(0, 1)[tag_index]  # (S, M, D)
+        tagging_loss = self.tagger.loss(states, tags, tag_mask)
+        loss = decoder_loss + self.config.alpha * tagging_loss
+        return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
+
+    @torch.no_grad()
+    def extract(self, examples: Sequence[Encoded], processor: Processor) -> list[tuple[Extraction, ...]]:
+        """The values of each example by beam search, the most probable output first and only."""
+        batch = {name: tensor.to(self.device) for name, tensor in processor.collate(examples).items()}
+        input_ids, copy_mask = batch["input_ids"], batch["copy_mask"]
+        names = ("hyper_slot", "hyper_kind", "hyper_mask", "input_ids", "segment", "position", "regions")
+        hyper, text = self.encode(**{name: batch[name] for name in names})
+        memory = hyper[:, :1]
+
+        def step(prefix: Tensor, rows: Tensor) -> Tensor:
+            log_probs, copy, gate = self.decode_step(prefix, memory[rows], text[rows], copy_mask[rows])
+            return mixture(log_probs[:, -1], copy[:, -1], gate[:, -1], input_ids[rows])
+
+        tokens, scores = beam_search(
+            step,
+            batch_size=len(examples),
+            width=self.config.beam_width,
+            max_length=self.config.max_output_length,
+            begin=self.config.begin_token,
+            end=self.config.end_token,
+            device=self.device,
+        )
+        best = tokens[:, 0]
+        begins = torch.full_like(best[:, :1], self.config.begin_token)
+        log_probs, copy, gate = self.decode_step(
+            torch.cat([begins, best[:, :-1]], dim=1), memory, text, copy_mask
+        )
+        generated = gate.sigmoid() * log_probs.gather(-1, best[..., None]).squeeze(-1).exp()  # (B, Y)
+        copied = (1 - gate.sigmoid())[..., None] * copy * (input_ids[:, None] == best[..., None])
+        share = copied / (generated + copied.sum(-1)).clamp_min(1e-30)[..., None]  # (B, Y, T)
+        outputs = zip(examples, best.tolist(), scores[:, 0].exp().tolist(), share.cpu().numpy(), strict=True)
+        return [processor.decode(*output) for output in outputs]
+
+
+def batches(items: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

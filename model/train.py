@@ -1,0 +1,273 @@
+"""Train one model on one corpus with one seed.
+
+    python -m model.train CORPUS MODEL SEED
+
+Writes runs/CORPUS/MODEL/SEED/model (weights, configuration, tokenizer, provenance, validation scores)
+and history.json beside it. Checkpoints live outside DVC's outputs, under a digest of everything
+that the result depends on: killed anywhere, the next run goes on from the last whole one.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from model.examples import Question, questions
+from pipeline import params
+from pipeline.shards import ShardFolder, code_digest
+from pipeline.workers import stopping_with_parent
+
+CHECKPOINTS = Path(".cache/training")
+
+
+class Settings(params.Settings):
+    """Section `train`; the defaults are the paper's Table 6 for MAVE."""
+
+    batch_size: int = Field(32, ge=1)
+    epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    warmup_steps: int = Field(2000, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    evaluations: int = Field(5, ge=1)  # how often, evenly, the validation split is looked at
+
+
+class Cell(params.Settings):
+    """config/CORPUS/models/MODEL.json: which architecture, with which settings, trained how."""
+
+    architecture: str
+    settings: dict[str, Any]
+    train: Settings
+
+
+def digest(corpus: str, cell: Cell, seed: int) -> str:
+    """Of everything that the trained weights depend on."""
+    products = Path("data", corpus, "products.parquet").read_bytes()
+    shards = [
+        [shard["sha256"] for shard in ShardFolder(Path("data", corpus, stage)).manifest["shards"]]
+        for stage in ("ocr", "regions")
+    ]
+    parts = [
+        cell.model_dump(mode="json"),
+        seed,
+        hashlib.sha256(products).hexdigest(),
+        shards,
+        code_digest("model.train"),
+        code_digest(cell.architecture),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; those that were not are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / "whole").is_file():
+            whole.append((int(checkpoint.name.rpartition("-")[2]), str(checkpoint)))
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole)[1] if whole else None
+
+
+def curves(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The trainer's log as one row per look at the validation split, without its clock readings."""
+    names = {
+        "loss": "loss",
+        "eval_loss": "validation_loss",
+        "eval_f1": "validation_f1",
+        "learning_rate": "learning_rate",
+        "epoch": "epoch",
+    }
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log:
+        row = {names[name]: round(float(value), 6) for name, value in entry.items() if name in names}
+        rows.setdefault(entry["step"], {"step": entry["step"]}).update(row)
+    return [row for row in rows.values() if "validation_loss" in row]
+
+
+def judge(model: Any, processor: Any, asked: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    """What the model says on `asked`: one row per value, for choosing a threshold on its score."""
+    from model import checkpoint
+    from model.metrics import normalise
+
+    rows = []
+    found = checkpoint.extract(model, processor, asked, batch_size=batch_size)
+    for question, extractions in zip(asked, found, strict=True):
+        gold = {normalise(value) for value in question.values}
+        rows += [
+            {
+                "attribute": question.attribute,
+                "score": round(extraction.score, 6),
+                "correct": normalise(extraction.value) in gold,
+            }
+            for extraction in extractions
+        ]
+    return rows
+
+
+def f1(rows: Sequence[dict[str, Any]], asked: Sequence[Question]) -> float:
+    """Set-based micro F1 of judged extractions."""
+    from model.metrics import normalise
+
+    gold = sum(len({normalise(value) for value in question.values}) for question in asked)
+    right = sum(row["correct"] for row in rows)
+    return 2 * right / (len(rows) + gold) if rows or gold else 0.0
+
+
+def fit(
+    cell: Cell, training: Sequence[Question], validation: Sequence[Question], seed: int, checkpoints: Path
+) -> tuple[Any, Any, list[dict[str, float]]]:
+    """The model with the best validation F1 among the looks, its processor, and the learning curves."""
+    import torch
+    import transformers
+
+    architecture = importlib.import_module(cell.architecture)
+    settings = architecture.Settings.model_validate(cell.settings)
+    transformers.set_seed(seed)
+    width = next((q.product.regions.shape[1] for q in training if q.product.regions is not None), 1)
+    model, processor = architecture.Model.start(settings, training, width)
+    steps = math.ceil(len(training) / cell.train.batch_size) * cell.train.epochs
+    look = math.ceil(steps / cell.train.evaluations)
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, asked: Sequence[Question]) -> None:
+            self.asked = asked
+
+        def __len__(self) -> int:
+            return len(self.asked)
+
+        def __getitem__(self, index: int) -> Any:
+            return processor.encode(self.asked[index])
+
+    class Trainer(transformers.Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            self.model.eval()
+            rows = judge(self.model, processor, validation, self.args.eval_batch_size)
+            metrics["eval_f1"] = f1(rows, validation)
+            self.log({"eval_f1": metrics["eval_f1"]})
+            return metrics
+
+    class Whole(transformers.TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole").touch()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and not math.isfinite(logs.get("loss", 0.0)):
+                raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: training stops")
+
+    trainer = Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(checkpoints),
+            per_device_train_batch_size=cell.train.batch_size,
+            per_device_eval_batch_size=2 * cell.train.batch_size,
+            num_train_epochs=cell.train.epochs,
+            learning_rate=cell.train.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=cell.train.warmup_steps,
+            max_grad_norm=cell.train.max_grad_norm,
+            optim="adamw_torch",
+            weight_decay=0.0,  # which makes it the paper's Adam
+            bf16=cell.train.precision == "bfloat16",
+            seed=seed,
+            data_seed=seed,
+            eval_strategy="steps",
+            eval_steps=look,
+            logging_steps=look,
+            save_strategy="steps",
+            save_steps=look,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="f1",
+            greater_is_better=True,
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            label_names=["targets"],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to=[],
+        ),
+        data_collator=processor.collate,
+        train_dataset=Rows(training),
+        eval_dataset=Rows(validation),
+        callbacks=[Whole()],
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    return model.eval(), processor, curves(trainer.state.log_history)
+
+
+def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question]) -> dict[str, Any]:
+    """What a user of the model has to know, and `model.predict` to prepare its input the same way."""
+    by_category: dict[str, set[str]] = {}
+    for question in training:
+        by_category.setdefault(question.product.category, set()).add(question.attribute)
+    return {
+        "architecture": cell.architecture,
+        "corpus": corpus,
+        "seed": seed,
+        "settings": cell.settings,
+        "train": cell.train.model_dump(mode="json"),
+        "weights": cell.settings.get("pretrained") or "random",
+        "ocr": json.loads(Path("config", corpus, "ocr.json").read_text()),
+        "regions": json.loads(Path("config", corpus, "regions.json").read_text()),
+        "attributes": sorted({question.attribute for question in training}),
+        "attributes_by_category": {name: sorted(by_category[name]) for name in sorted(by_category)},
+    }
+
+
+def run(corpus: str, name: str, seed: int) -> None:
+    """Train the cell and write its folder; raises `ValueError` when there is nothing to train on."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # of loading weights; the trainer's own stays
+    cell = params.load(Cell, params.CONFIG / corpus / "models" / f"{name}.json")
+    checkpoints = CHECKPOINTS / digest(corpus, cell, seed)
+    training, validation = list(questions(corpus, "train")), list(questions(corpus, "validation"))
+    if not training or not validation:
+        raise ValueError(
+            f"{corpus} has {len(training)} training and {len(validation)} validation questions; "
+            "both must be there"
+        )
+    model, processor, history = fit(cell, training, validation, seed, checkpoints)
+    rows = judge(model, processor, validation, 2 * cell.train.batch_size)
+    folder = Path("runs", corpus, name, str(seed))
+    temporary = folder / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    documents = {
+        temporary / "validation.json": rows,
+        temporary / "truncated.json": dict(sorted(processor.truncated.items())),
+        temporary / "provenance.json": provenance(corpus, cell, seed, training),
+        folder / "history.json": history,
+    }
+    for path, content in documents.items():
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    temporary.rename(folder / "model")
+    shutil.rmtree(checkpoints)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("corpus", metavar="CORPUS")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("seed", metavar="SEED", type=int)
+    arguments = parser.parse_args()
+    try:
+        with stopping_with_parent():
+            run(arguments.corpus, arguments.model, arguments.seed)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
