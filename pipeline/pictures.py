@@ -92,6 +92,6 @@ def _broken(error: Exception, data: bytes, width: int | None = None, height: int
     if data.startswith(b"RIFF"):
         cut_short = len(data) < 8 + int.from_bytes(data[4:8], "little")
     else:
-        cut_short = not data.rstrip(b"\0\r\n ").endswith(END_MARKS[data[:2]])
+        cut_short = not data.rstrip(b"\0\r\n ").endswith(END_MARKS.get(data[:2], b""))
     status = "truncated" if cut_short else "corrupt"
     return Verdict(status, f"{type(error).__name__}: {error}", width, height)

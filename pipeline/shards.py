@@ -12,133 +12,48 @@ relative to the repository root, from which every stage is started.
 """
 
 import argparse
-import bisect
 import contextlib
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import shutil
 import socket
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pipeline import params, schema, workers
+from pipeline.disk import atomically, is_intact, sha256_of, sync_folder, write_json
+from pipeline.provenance import code_digest, code_files, digest
+from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
 
-PACKAGES = ("model", "features", "pipeline")
+__all__ = [
+    "Chunk",
+    "Job",
+    "Rows",
+    "ShardFolder",
+    "atomically",
+    "chunks_of_folder",
+    "chunks_of_rows",
+    "code_digest",
+    "code_files",
+    "run",
+    "sha256_of",
+    "write_json",
+]
+
 EXECUTORS: dict[str, workers.Executor] = {"local": workers.local}
 LOCKS = Path(".cache/locks")
 LOCK_WAIT_S = 10.0  # an orphan of a killed run needs a moment to stop
 LAYOUT = 1  # of a stored shard; part of every fingerprint
-Rows = list[dict[str, Any]]
-
-
-# What a shard is made from
-
-
-class Chunk(Protocol):
-    """The input rows of one shard: their digest, and a way for a worker to get at them. Picklable."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def num_rows(self) -> int: ...
-    def load(self) -> Rows: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RowsChunk:
-    """Rows held in memory: for small ones, such as an asin and a URL."""
-
-    rows: tuple[dict[str, Any], ...]
-
-    @property
-    def digest(self) -> str:
-        return _digest(self.rows)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    def load(self) -> Rows:
-        return [dict(row) for row in self.rows]
-
-
-@dataclass(frozen=True, slots=True)
-class FolderChunk:
-    """Rows that a worker reads from another stage's shards: `pieces` are (file, first row, end row)."""
-
-    digest: str
-    num_rows: int
-    columns: tuple[str, ...]
-    pieces: tuple[tuple[Path, int, int], ...]
-
-    def load(self) -> Rows:
-        rows: Rows = []
-        for path, begin, end in self.pieces:
-            table = _read(path, self.columns)
-            rows += table.slice(begin, end - begin).to_pylist()
-        for row in rows:
-            image = row.get("image")
-            if image is not None and hashlib.sha256(image).hexdigest() != row["sha256"]:
-                raise ValueError(
-                    f"the image of {row['asin']} does not have its sha256 in {self.pieces[0][0]}"
-                )
-        return rows
-
-
-def chunks_of_rows(rows: Sequence[dict[str, Any]], shard_size: int) -> list[Chunk]:
-    return [RowsChunk(tuple(rows[at : at + shard_size])) for at in range(0, len(rows), shard_size)]
-
-
-def chunks_of_folder(
-    folder: "ShardFolder",
-    shard_size: int,
-    *,
-    columns: tuple[str, ...] = ("asin", "status", "sha256", "image"),
-    key: tuple[str, ...] = ("asin", "status", "sha256"),
-) -> list[Chunk]:
-    """Groups of `shard_size` rows across the folder's files; a worker gets `columns` of them.
-
-    `key` are the columns that stand for the row's content in the digest: with the defaults the
-    image's sha256 does, so that no image byte is read here.
-    """
-    chunks: list[Chunk] = []
-    rows: Rows = []
-    pieces: list[tuple[Path, int, int]] = []
-
-    def close() -> None:
-        if rows:
-            chunks.append(FolderChunk(_digest(rows), len(rows), columns, tuple(pieces)))
-            rows.clear()
-            pieces.clear()
-
-    for path in folder.files:
-        found = _read(path, key).to_pylist()
-        begin = 0
-        while begin < len(found):
-            end = min(len(found), begin + shard_size - len(rows))
-            rows += found[begin:end]
-            pieces.append((path, begin, end))
-            begin = end
-            if len(rows) == shard_size:
-                close()
-    close()
-    return chunks
 
 
 @dataclass(frozen=True)
@@ -161,6 +76,7 @@ class Job:
     schema: pa.Schema
     chunks: Sequence[Chunk]
     make_worker: Callable[[Any], Callable[[Rows], Iterable[dict[str, Any]]]]
+    unseen: frozenset[str] = frozenset()  # settings that change no byte of a finished shard
     libraries: tuple[str, ...] = ()  # distributions whose versions change the bytes
     weights: Mapping[str, str] | None = None  # name -> sha256
     threads: int = 2
@@ -176,7 +92,7 @@ class Job:
         return {
             "layout": LAYOUT,
             "stage": self.stage,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude=set(self.unseen)),
             "code": code_digest(self.module),
             "libraries": {
                 name: importlib.metadata.version(name) for name in sorted({*self.libraries, "pyarrow"})
@@ -186,74 +102,6 @@ class Job:
             "threads": self.threads,
             "schema": str(self.schema.to_string(show_schema_metadata=True)),
         }
-
-
-def code_files(module: str) -> list[str]:
-    """The files of `module` and of all project modules that it imports, also inside functions, sorted.
-
-    Paths are relative to the folder that holds the packages: the form of dvc.yaml's `deps`.
-    """
-    import grimp
-
-    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
-    if module not in graph.modules:
-        raise ValueError(f"{module} is not a module of {', '.join(PACKAGES)}")
-    names = {module, *graph.find_upstream_modules(module)}
-    return sorted(f"{name.replace('.', '/')}.py" for name in names if "." in name)
-
-
-def code_digest(module: str) -> str:
-    found = importlib.util.find_spec(PACKAGES[-1])
-    assert found is not None
-    assert found.origin is not None
-    root = Path(found.origin).parent.parent
-    return _digest({name: sha256_of(root / name) for name in code_files(module)})
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Writing
-
-
-@contextlib.contextmanager
-def atomically(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """A temporary path beside `path`: complete and on disk under the final name after the block, or gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(value: Any, path: Path) -> None:
-    with atomically(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def store() -> Path:
-    return Path(os.environ.get("SMARTAVE_STORE") or ".cache/shards")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +122,7 @@ class _Stored:
             return None
         with contextlib.suppress(json.JSONDecodeError):
             record: dict[str, Any] = json.loads(record_path.read_text())
-            if self.path.is_file() and _is_intact(self.path, record):
+            if self.path.is_file() and is_intact(self.path, record):
                 return record
         sys.stderr.write(f"{self.path} is corrupt: it is made again\n")
         return None
@@ -297,10 +145,6 @@ class _Stored:
         if finished:
             write_json(record, path.with_suffix(".json"))
         return record
-
-
-def _is_intact(path: Path, record: Mapping[str, Any]) -> bool:
-    return path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]
 
 
 @dataclass(frozen=True)
@@ -364,7 +208,7 @@ def run(job: Job) -> Path:
     made_with = job.made_with()
     name = f"{job.stage} of {job.corpus}"
     with sole_writer(job.stage, job.corpus), workers.stopping_with_parent():
-        shards = [_Stored(job.stage, _digest([made_with, chunk.digest])) for chunk in job.chunks]
+        shards = [_Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
         records = [shard.record() for shard in shards]
         todo = [index for index, record in enumerate(records) if record is None]
         with _progress(name, job.chunks, records) as bar:
@@ -434,10 +278,10 @@ def _assemble(
         else:
             _link(shard.path, path)
         entries.append({"name": path.name, "fingerprint": shard.fingerprint, **record})
-    _sync_folder(job.output)
+    sync_folder(job.output)
     counts = {"rows": status.total(), "status": dict(sorted(status.items()))}
     write_json(counts, Path("metrics") / job.corpus / f"{job.stage}.json")
-    fingerprint = _digest([made_with, [shard.fingerprint for shard in shards]])
+    fingerprint = digest([made_with, [shard.fingerprint for shard in shards]])
     complete = {"fingerprint": fingerprint, "made_with": made_with, **counts, "shards": entries}
     write_json(complete, manifest)
 
@@ -479,90 +323,6 @@ def _progress(name: str, chunks: Sequence[Chunk], records: Sequence[dict[str, An
     )
 
 
-# Reading
-
-
-def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is not a readable shard: {error}") from error
-
-
-class ShardFolder:
-    """The output of a stage. Raises `ValueError` when it is not complete or a file has the wrong size."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        manifest = path / "manifest.json"
-        if not manifest.is_file():
-            raise ValueError(f"{path} is not complete: it has no manifest.json (run its stage again)")
-        try:
-            self.manifest: dict[str, Any] = json.loads(manifest.read_text())
-        except ValueError as error:
-            raise ValueError(f"{manifest} is not JSON: {error}") from error
-        self.shards: list[dict[str, Any]] = self.manifest["shards"]
-        self.files = [path / shard["name"] for shard in self.shards]
-        for file, shard in zip(self.files, self.shards, strict=True):
-            size = file.stat().st_size if file.is_file() else None
-            if size != shard["bytes"]:
-                raise ValueError(f"{file} must have {shard['bytes']} bytes, got {size}")
-        self._firsts = [shard["first"] for shard in self.shards]
-        self._open: dict[int, tuple[pa.Table, dict[str, int]]] = {}
-
-    def __len__(self) -> int:
-        return int(self.manifest["rows"])
-
-    def verify(self) -> None:
-        """Read every byte; `ValueError` names the first shard that is not what was written."""
-        for file, shard in zip(self.files, self.shards, strict=True):
-            if not _is_intact(file, shard):
-                raise ValueError(f"{file} is corrupt: it does not have the sha256 {shard['sha256']}")
-
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """All rows in order of asin, one shard in memory at a time."""
-        for file in self.files:
-            yield from _read(file, columns).to_pylist()
-
-    def get(self, asin: str) -> dict[str, Any]:
-        """Raises `KeyError` where there is no such row."""
-        table, row = self._find(asin)
-        found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
-        return found
-
-    def array(self, asin: str, column: str = "features") -> np.ndarray | None:
-        """A read-only view `(rows, width)` of mapped memory, dtype as in the schema; None for null."""
-        table, row = self._find(asin)
-        value = table.column(column)[row]
-        if not value.is_valid:
-            return None
-        about = table.schema.metadata
-        dtype = np.dtype(about[b"dtype"].decode()).newbyteorder("<")
-        return np.frombuffer(value.as_buffer(), dtype=dtype).reshape(-1, int(about[b"width"]))
-
-    def _find(self, asin: str) -> tuple[pa.Table, int]:
-        index = bisect.bisect_right(self._firsts, asin) - 1
-        if index < 0:
-            raise KeyError(asin)
-        if index not in self._open:
-            table = self._map(index)
-            self._open[index] = table, {name: row for row, name in enumerate(table["asin"].to_pylist())}
-        table, rows_of = self._open[index]
-        return table, rows_of[asin]
-
-    def _map(self, index: int) -> pa.Table:
-        """The shard uncompressed in the store, mapped: random reads then cost a page, shared by processes."""
-        path = store() / "mapped" / f"{self.shards[index]['sha256']}.arrow"
-        if not path.is_file():
-            if not _is_intact(self.files[index], self.shards[index]):
-                raise ValueError(f"{self.files[index]} is corrupt: it does not have its sha256")
-            table = _read(self.files[index])
-            with atomically(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
-                writer.write_table(table)
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
 # The command
 
 
@@ -599,7 +359,7 @@ def verify() -> list[str]:
     wrong = [
         f"{shard.path} is corrupt (the next run makes it again)"
         for shard, record in _records()
-        if not shard.path.is_file() or not _is_intact(shard.path, record)
+        if not shard.path.is_file() or not is_intact(shard.path, record)
     ]
     for path in _folders():
         try:

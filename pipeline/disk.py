@@ -1,0 +1,49 @@
+"""Files that are whole or not there: temporary name, fsync, rename, and their sha256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomically(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """A temporary path beside `path`: complete and on disk under the final name after the block, or gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(value: Any, path: Path) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def is_intact(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file is the one of which `record` tells `bytes` and `sha256`."""
+    return path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]

@@ -1,0 +1,215 @@
+"""Images over HTTP: allowed hosts only, capped, with deadlines and retries; a failure is a value.
+
+`hosts` names what may be reached. `example.com` means https on the standard port, at public addresses
+only. `example.com:8080` means http or https on that port at any address, loopback and private ones
+too: a mirror of one's own. The rule holds on every redirect and for the address that is connected to.
+"""
+
+import asyncio
+import datetime
+import email.utils
+import ipaddress
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import aiohttp
+import aiohttp.abc
+import tenacity
+import yarl
+
+MAX_HOPS = 5
+MAX_WAIT_S = 60.0  # a server that asks for more is left for the next run
+TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+HEADERS = {"User-Agent": "smartave/0.1", "Accept": "image/*", "Accept-Encoding": "identity"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """`data` when `status` is `ok`.
+
+    Else `bad_url`, `forbidden_host`, `not_found`, `refused`, `too_large` and `truncated` are final,
+    `transient` may work another time.
+    """
+
+    status: str
+    error: str | None = None
+    data: bytes = b""
+
+
+class _Forbidden(OSError):
+    """A name that leads to an address that may not be reached."""
+
+
+class _Again(Exception):
+    def __init__(self, failed: Fetched, after_s: float | None = None) -> None:
+        super().__init__(failed.error)
+        self.failed = failed
+        self.after_s = after_s
+
+
+class _PublicResolver(aiohttp.abc.AbstractResolver):
+    """What it returns is what is connected to, so that no second look-up can answer differently."""
+
+    def __init__(self, hosts: frozenset[str]) -> None:
+        self.hosts = hosts
+        self.inner = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        found = await self.inner.resolve(host, port, family)
+        if f"{host}:{port}" in self.hosts:
+            return found
+        public = [address for address in found if _is_public(address["host"])]
+        if not public:
+            raise _Forbidden(f"{host} has no public address")
+        return public
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+
+def _is_public(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+def why_forbidden(url: yarl.URL, hosts: frozenset[str]) -> str | None:
+    """None where the rule of this module lets `url` be asked for."""
+    if url.user is not None or url.password is not None:
+        return "a URL with a user name"
+    if url.scheme in ("http", "https") and f"{url.host}:{url.port}" in hosts:
+        return None
+    if url.scheme != "https":
+        return f"{url.scheme or 'no'} scheme, https only"
+    if url.host not in hosts or url.port != 443:
+        return f"{url.host}:{url.port} is not in images.hosts"
+    try:
+        public = _is_public(url.host)
+    except ValueError:
+        return None  # a name, whose addresses the resolver checks
+    return None if public else f"{url.host} is not a public address"
+
+
+class Client:
+    """One session with kept-alive connections; use it within one event loop."""
+
+    def __init__(
+        self, hosts: Iterable[str], *, concurrency: int, max_bytes: int, timeout_s: float, attempts: int
+    ) -> None:
+        self.hosts = frozenset(host.lower() for host in hosts)
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self.free = asyncio.Semaphore(concurrency)
+        self.attempts = attempts
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=concurrency, resolver=_PublicResolver(self.hosts)),
+            headers=HEADERS,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # what is kept is what was sent, and no bomb can unfold
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    async def fetch_all(self, urls: Iterable[str]) -> list[Fetched]:
+        """In the order of `urls`, whatever the order of arrival."""
+        return list(await asyncio.gather(*(self.fetch(url) for url in urls)))
+
+    async def fetch(self, url: str) -> Fetched:
+        try:
+            first = yarl.URL(url)
+        except ValueError as error:
+            return Fetched("bad_url", str(error))
+        if not first.host:
+            return Fetched("bad_url", "no host")
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_Again),
+            stop=_Stop(self.attempts),
+            wait=_wait,
+            reraise=True,
+        )
+        try:
+            return await again(self._once, first)
+        except _Again as error:
+            return error.failed
+
+    async def _once(self, url: yarl.URL) -> Fetched:
+        """One try through all redirects within `timeout_s`."""
+        async with self.free:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    return await self._follow(url)
+            except TimeoutError:
+                raise _Again(Fetched("transient", f"no answer within {self.timeout_s} s")) from None
+            except aiohttp.ClientPayloadError:
+                raise _Again(Fetched("truncated", "the body ended early")) from None
+            except aiohttp.ClientConnectorCertificateError:
+                return Fetched("refused", "the certificate is not valid")
+            except (aiohttp.ClientError, OSError) as error:
+                if isinstance(error.__cause__, _Forbidden):
+                    return Fetched("forbidden_host", str(error.__cause__))
+                raise _Again(Fetched("transient", f"{type(error).__name__}: {error}")) from None
+
+    async def _follow(self, url: yarl.URL) -> Fetched:
+        for _ in range(MAX_HOPS):
+            if why := why_forbidden(url, self.hosts):
+                return Fetched("forbidden_host", why)
+            async with self.session.get(url, allow_redirects=False) as response:
+                if response.status not in REDIRECTS or "Location" not in response.headers:
+                    return await self._read(response)
+                try:
+                    url = url.join(yarl.URL(response.headers["Location"]))
+                except ValueError as error:
+                    return Fetched("bad_url", f"redirected to a bad URL: {error}")
+        return Fetched("refused", f"more than {MAX_HOPS} redirects")
+
+    async def _read(self, response: aiohttp.ClientResponse) -> Fetched:
+        code = response.status
+        if code in TRY_AGAIN:
+            raise _Again(Fetched("transient", f"HTTP {code}"), _after_s(response.headers.get("Retry-After")))
+        if code in (404, 410):
+            return Fetched("not_found", f"HTTP {code}")
+        if code != 200:
+            return Fetched("refused", f"HTTP {code}")
+        too_large = Fetched("too_large", f"more than {self.max_bytes} bytes")
+        if (response.content_length or 0) > self.max_bytes:
+            return too_large
+        data = bytearray()
+        async for part in response.content.iter_chunked(1 << 16):
+            data += part
+            if len(data) > self.max_bytes:
+                return too_large
+        return Fetched("ok", None, bytes(data))
+
+
+def _after_s(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, given as seconds or as a date; None if it says nothing."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        date = email.utils.parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    now = datetime.datetime.now(date.tzinfo)
+    return max(0.0, (date - now).total_seconds())
+
+
+def _asked_s(state: tenacity.RetryCallState) -> float | None:
+    error = state.outcome.exception() if state.outcome else None
+    return error.after_s if isinstance(error, _Again) else None
+
+
+class _Stop(tenacity.stop.stop_base):
+    def __init__(self, attempts: int) -> None:
+        self.attempts = attempts
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        return state.attempt_number >= self.attempts or (_asked_s(state) or 0) > MAX_WAIT_S
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    asked = _asked_s(state)
+    back_off = tenacity.wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S)
+    return back_off(state) if asked is None else asked

@@ -1,0 +1,205 @@
+"""The image of every product by asin, as shards of `schema.IMAGES`; a failure is a row with its reason.
+
+    python -m pipeline.images CORPUS
+
+An asin's image is the first of its `image_urls`: a URL, or with `base` a file below that folder.
+Its bytes are kept as they came. Rows are one per distinct asin, sorted. Statuses: `ok`, `no_url`;
+`missing` and `outside_base` (local files); `bad_url`, `forbidden_host`, `not_found`, `refused`
+and `transient` (see fetch); `too_large`; `not_image`, `truncated`, `corrupt`, `placeholder` and
+`too_many_pixels` (see pictures). An animated picture is its first frame.
+"""
+
+import argparse
+import asyncio
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+from pydantic import Field
+from tqdm import tqdm
+
+from pipeline import params, pictures, schema, shards
+
+if TYPE_CHECKING:
+    from pipeline.fetch import Fetched
+
+A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class Settings(params.Settings):
+    base: str | None = None  # folder of local images, relative to the repository root
+    base_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the images in use; None: any
+    hosts: tuple[str, ...] = ()  # see fetch; none means that no URL is fetched
+    max_bytes: int = Field(32 << 20, ge=1)
+    max_pixels: int = Field(40_000_000, ge=1, le=178_000_000)
+    min_px: int = Field(16, ge=1)  # a shorter side is a placeholder
+    shard_size: int = Field(64, ge=1, le=4096)
+    # these change no byte of a finished shard
+    concurrency: int = Field(16, ge=1, le=256)  # requests at a time, per worker
+    timeout_s: float = Field(30.0, gt=0)  # of one try, redirects included
+    attempts: int = Field(5, ge=1, le=20)
+    max_transient: float = Field(0.0, ge=0, le=1)  # share of rows that may fail for now
+
+
+UNSEEN = frozenset({"concurrency", "timeout_s", "attempts", "max_transient"})
+
+
+def wanted(products: Path) -> dict[str, str | None]:
+    """asin -> its first image's URL or file name, sorted by asin; of several items, the first with one."""
+    if not products.is_file():
+        raise ValueError(f"{products} does not exist: run the products stage first")
+    table = pq.read_table(products, columns=["item", "asin", "image_urls"]).sort_by("item")
+    urls: dict[str, str | None] = {}
+    for asin, names in zip(table["asin"].to_pylist(), table["image_urls"].to_pylist(), strict=True):
+        urls[asin] = urls.get(asin) or (names[0] if names else None)
+    return dict(sorted(urls.items()))
+
+
+def read_local(settings: Settings, name: str) -> bytes | pictures.Verdict:
+    """The bytes of a file below `settings.base`, symbolic links followed but never out of it."""
+    assert settings.base is not None
+    base = os.path.realpath(settings.base)
+    try:
+        path = Path(os.path.realpath(os.path.join(base, name)))
+        if not path.is_relative_to(base):
+            return pictures.Verdict("outside_base", "the name leads out of images.base")
+        if not path.is_file():
+            return pictures.Verdict("missing", "no such file below images.base")
+        if path.stat().st_size > settings.max_bytes:
+            return pictures.Verdict("too_large", f"more than {settings.max_bytes} bytes")
+        return path.read_bytes()
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # too long, a NUL, not ours to read
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return pictures.Verdict("missing", reason)
+
+
+def inputs(urls: dict[str, str | None], settings: Settings) -> list[dict[str, Any]]:
+    """Rows `asin, url, local`: `local` is a local image's content, so that a changed file is another shard.
+
+    Raises `ValueError` when `base` is no folder or its images in use do not match `base_sha256`.
+    """
+    if settings.base is not None and not Path(settings.base).is_dir():
+        raise ValueError(f"images.base: {settings.base} is not a folder")
+    rows = []
+    for asin, url in tqdm(urls.items(), desc="images looked for", disable=None, leave=False):
+        local = url is not None and settings.base is not None and not A_URL.match(url)
+        rows.append(
+            {"asin": asin, "url": url, "local": _content(read_local(settings, str(url))) if local else None}
+        )
+    if settings.base_sha256 is not None:
+        lines = sorted({f"{row['url']} {row['local']}\n" for row in rows if row["local"]})
+        found = hashlib.sha256("".join(lines).encode()).hexdigest()
+        if found != settings.base_sha256:
+            raise ValueError(
+                f"images.base: the images in {settings.base} have the sha256 {found}, "
+                f"images.base_sha256 is {settings.base_sha256}"
+            )
+    return rows
+
+
+def _content(found: bytes | pictures.Verdict) -> str:
+    return found.status if isinstance(found, pictures.Verdict) else hashlib.sha256(found).hexdigest()
+
+
+def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str, Any]]]:
+    network = functools.cache(lambda: _network(settings))
+
+    def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
+        urls = [row["url"] for row in rows if row["url"] and row["local"] is None]
+        fetched = iter(network()(urls) if urls else [])
+        for row in rows:
+            found: bytes | pictures.Verdict
+            if not row["url"]:
+                found = pictures.Verdict("no_url")
+            elif row["local"] is None:
+                answer = next(fetched)
+                ok = answer.status == "ok"
+                found = answer.data if ok else pictures.Verdict(answer.status, answer.error)
+            else:
+                found = read_local(settings, row["url"])
+                if _content(found) != row["local"]:
+                    raise ValueError(f"{row['url']} of {row['asin']} changed while it was read; run again")
+            yield _row(row, found, settings)
+
+    return process
+
+
+def _network(settings: Settings) -> Callable[[list[str]], "list[Fetched]"]:
+    """One client, its event loop and its connections for the worker's life."""
+    from pipeline import fetch
+
+    runner = asyncio.Runner()
+
+    async def connect() -> fetch.Client:
+        return fetch.Client(
+            settings.hosts,
+            concurrency=settings.concurrency,
+            max_bytes=settings.max_bytes,
+            timeout_s=settings.timeout_s,
+            attempts=settings.attempts,
+        )
+
+    client = runner.run(connect())
+    return lambda urls: runner.run(client.fetch_all(urls))
+
+
+def _row(row: dict[str, Any], found: bytes | pictures.Verdict, settings: Settings) -> dict[str, Any]:
+    data = found if isinstance(found, bytes) else None
+    verdict = (
+        pictures.inspect(found, max_pixels=settings.max_pixels, min_px=settings.min_px)
+        if isinstance(found, bytes)
+        else found
+    )
+    ok = verdict.status == "ok"
+    return {
+        "asin": row["asin"],
+        "url": row["url"],
+        "status": verdict.status,
+        "error": verdict.error,
+        "sha256": hashlib.sha256(data).hexdigest() if data is not None else None,
+        "width": verdict.width,
+        "height": verdict.height,
+        "image": data if ok else None,
+    }
+
+
+def job(corpus: str, settings: Settings) -> shards.Job:
+    rows = inputs(wanted(Path("data") / corpus / "products.parquet"), settings)
+    return shards.Job(
+        stage="images",
+        corpus=corpus,
+        module="pipeline.images",
+        settings=settings,
+        unseen=UNSEEN,
+        schema=schema.IMAGES,
+        chunks=shards.chunks_of_rows(rows, settings.shard_size),
+        make_worker=make_worker,
+        libraries=("pillow",),
+        threads=1,
+        transient=frozenset({"transient"}),
+        max_transient=settings.max_transient,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.images", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("corpus", metavar="CORPUS", help="a corpus of params.yaml")
+    corpus = parser.parse_args().corpus
+    try:
+        settings = params.load(Settings, params.CONFIG / corpus / "images.json")
+        shards.run(job(corpus, settings))
+    except ValueError as error:
+        raise SystemExit(f"images: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
