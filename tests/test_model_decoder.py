@@ -1,0 +1,129 @@
+"""Copying, mixing and beam search, against brute force on tiny vocabularies."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from model.decoder import CopyDecoder, beam_search, log_copied, mixture
+
+
+def test_the_mixture_is_a_distribution_and_agrees_with_the_training_likelihood():
+    torch.manual_seed(0)
+    vocabulary = torch.randn(2, 6).log_softmax(-1)
+    copy, gate = torch.randn(2, 4).softmax(-1), torch.randn(2)
+    ids = torch.tensor([[0, 3, 3, 5], [1, 1, 1, 2]])
+    mixed = mixture(vocabulary, copy, gate, ids)
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(2))
+    for target in range(6):
+        wanted = torch.full((2, 1), target)
+        by_hand = torch.sigmoid(gate) * vocabulary[:, target].exp()
+        by_hand = by_hand + (1 - torch.sigmoid(gate)) * (copy * (ids == target)).sum(-1)
+        torch.testing.assert_close(mixed[:, target].exp(), by_hand)
+        copied = log_copied(copy[:, None], ids, wanted).squeeze(1).exp()
+        torch.testing.assert_close(copied, (copy * (ids == target)).sum(-1), atol=1e-30, rtol=1e-5)
+
+
+def test_without_text_to_copy_the_gate_is_shut():
+    decoder = CopyDecoder(num_layers=1, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0).eval()
+    mask = torch.tensor([[False, False], [True, False]])
+    _, copy, gate = decoder(torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 2, 8), mask)
+    assert (1 - gate[0].sigmoid()).max() < 1e-6
+    assert copy[0].abs().sum() == 0
+    assert copy[1].tolist() == [[1, 0]] * 3
+
+
+def test_an_output_token_never_sees_those_after_it():
+    torch.manual_seed(0)
+    decoder = CopyDecoder(num_layers=2, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0).eval()
+    embedded, memory, text = torch.randn(1, 4, 8), torch.randn(1, 1, 8), torch.randn(1, 2, 8)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    changed = embedded.clone()
+    changed[:, 2] += 1
+    before, after = decoder(embedded, memory, text, mask)[0], decoder(changed, memory, text, mask)[0]
+    torch.testing.assert_close(before[:, :2], after[:, :2])
+    assert not torch.allclose(before[:, 2:], after[:, 2:])
+
+
+VOCABULARY, END, BEGIN = 4, 3, 9
+
+
+def table(seed):
+    """A language model over 4 tokens that depends on the whole prefix."""
+
+    def log_probs(prefix):
+        generator = torch.Generator().manual_seed(seed + hash(tuple(prefix)) % 100_003)
+        return torch.randn(VOCABULARY, generator=generator).mul(2).log_softmax(0)
+
+    return log_probs
+
+
+def exhaustive(model, max_length):
+    """Every output with its log-probability, best first."""
+    found = []
+    for length in range(max_length + 1):
+        for tokens in itertools.product([t for t in range(VOCABULARY) if t != END], repeat=length):
+            prefix, total = [BEGIN], 0.0
+            for token in (*tokens, END):
+                total += model(prefix)[token].item()
+                prefix.append(token)
+            found.append((total, list(tokens)))
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_beam_as_wide_as_the_space_finds_what_exhaustive_search_finds(seed):
+    model = table(seed)
+    wanted = exhaustive(model, 3)
+    tokens, scores = beam_search(
+        lambda prefixes, rows: torch.stack([model(prefix) for prefix in prefixes.tolist()]),
+        batch_size=1,
+        width=40,
+        max_length=3,
+        begin=BEGIN,
+        end=END,
+    )
+    assert len(wanted) == 40
+    for (score, output), found, found_score in zip(
+        wanted, tokens[0].tolist(), scores[0].tolist(), strict=True
+    ):
+        assert found[: found.index(END)] == output
+        assert found_score == pytest.approx(score, abs=1e-5)
+
+
+def test_a_beam_of_one_is_greedy_and_rows_of_a_batch_do_not_mix():
+    models = [table(1), table(2), table(3)]
+    together = beam_search(
+        lambda prefixes, rows: torch.stack(
+            [models[row](prefix) for row, prefix in zip(rows.tolist(), prefixes.tolist(), strict=True)]
+        ),
+        batch_size=3,
+        width=1,
+        max_length=4,
+        begin=BEGIN,
+        end=END,
+    )
+    for row, model in enumerate(models):
+        prefix, total = [BEGIN], 0.0
+        while prefix[-1] != END:
+            log_probs = model(prefix)
+            token = END if len(prefix) == 5 else int(log_probs.argmax())
+            total += log_probs[token].item()
+            prefix.append(token)
+        assert together[0][row, 0].tolist()[: len(prefix) - 1] == prefix[1:]
+        assert together[1][row, 0].item() == pytest.approx(total, abs=1e-5)
+
+
+def test_hypotheses_that_do_not_exist_score_minus_infinity():
+    certain = torch.tensor([-math.inf, -math.inf, -math.inf, 0.0])
+    tokens, scores = beam_search(
+        lambda prefixes, rows: certain.expand(len(prefixes), -1),
+        batch_size=1,
+        width=3,
+        max_length=2,
+        begin=BEGIN,
+        end=END,
+    )
+    assert scores[0].tolist() == [0.0, -math.inf, -math.inf]
+    assert tokens[0, 0].tolist() == [END, END, END]
