@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
@@ -37,15 +37,12 @@ import pipeline.images
 import pipeline.products
 import pipeline.source
 from pipeline.params import CONFIG, Key, Settings, problems, sentence
+from pipeline.provenance import code_digest
 
 PARAMS = Path("params.yaml")
 CORPUS_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
 ARCHITECTURE = re.compile(r"model\.[a-z][a-z0-9_]*")
-SOURCES: dict[str, type[Settings]] = {
-    get_args(source.model_fields["kind"].annotation)[0]: source
-    for source in get_args(get_args(pipeline.source.Settings)[0])
-}
 STAGES: dict[str, type[Settings]] = {
     "products": pipeline.products.Settings,
     "images": pipeline.images.Settings,
@@ -146,9 +143,11 @@ class Checker:
         """The files of one corpus; keys go to the source, to products or to a stage's override."""
         where = ("corpora", name)
         kind = entry.get("kind")
-        source = SOURCES.get(kind) if isinstance(kind, str) else None
+        source = pipeline.source.KINDS.get(kind) if isinstance(kind, str) else None
         if source is None:
-            self.complain((*where, "kind"), f"must be one of {', '.join(SOURCES)}, got {kind!r}")
+            self.complain(
+                (*where, "kind"), f"must be one of {', '.join(pipeline.source.KINDS)}, got {kind!r}"
+            )
             return
         products = STAGES["products"]
         direct = {key: value for key, value in entry.items() if key not in OVERRIDES}
@@ -204,18 +203,20 @@ class Checker:
             known = {"base", "architecture"} | trainer.model_fields.keys() | built.model_fields.keys()
             for key in sorted(layer.keys() - known, key=str):
                 self.complain((*where, key), f"is a setting of neither {architecture} nor model.train")
-        parts = {}
-        for part, settings in {"train": trainer, "model": built}.items():
+        parts: dict[str, Settings | None] = {}
+        for part, settings in (("train", trainer), ("model", built)):
             outer = [self.section(part), self.section("corpora", corpus, part)]
             if part == "model":
                 outer = [(where, _only(layer, settings)) for where, layer in outer]
             inner = [(where, _only(layer, settings)) for where, layer in chain]
             parts[part] = self.resolve(settings, [*outer, *inner])
-        if parts["model"] is not None and parts["train"] is not None:
+        resolved = {part: settings.model_dump(mode="json") for part, settings in parts.items() if settings}
+        if len(resolved) == len(parts):
             self.files[f"{corpus}/models/{name}.json"] = {
                 "architecture": architecture,
-                "settings": parts["model"].model_dump(mode="json"),
-                "train": parts["train"].model_dump(mode="json"),
+                "code": code_digest(architecture),  # new code in one architecture reruns its own cells only
+                "settings": resolved["model"],
+                "train": resolved["train"],
             }
 
     def run(self, corpora: dict[str, Any], models: dict[str, Any]) -> None:

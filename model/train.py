@@ -44,6 +44,7 @@ class Cell(params.Settings):
     """config/CORPUS/models/MODEL.json: which architecture, with which settings, trained how."""
 
     architecture: str
+    code: str  # digest of the architecture's code
     settings: dict[str, Any]
     train: Settings
 
