@@ -217,6 +217,7 @@ def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question])
         "settings": cell.settings,
         "train": cell.train.model_dump(mode="json"),
         "weights": cell.settings.get("pretrained") or "random",
+        "products": json.loads(Path("config", corpus, "products.json").read_text()),
         "ocr": json.loads(Path("config", corpus, "ocr.json").read_text()),
         "regions": json.loads(Path("config", corpus, "regions.json").read_text()),
         "attributes": sorted({question.attribute for question in training}),
