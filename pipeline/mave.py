@@ -132,6 +132,7 @@ def records(paths: Iterable[Path], wanted: Collection[str], tally: Tally) -> Ite
     Lines of other asins are skipped unparsed; lines that cannot be used are counted by reason.
     """
     found: set[str] = set()
+    unusable: set[str] = set()
     wanted_bytes = {asin.encode() for asin in wanted}
     for path in paths:
         for number, line in lines(path, tally):
@@ -156,8 +157,10 @@ def records(paths: Iterable[Path], wanted: Collection[str], tally: Tally) -> Ite
                     found.add(asin)
                     yield Record(metadata, paragraphs)
                 else:
+                    unusable.add(asin)
                     tally.add("no title", where)
-    tally.add("no metadata", count=len(wanted) - len(found))
+    for asin in sorted(set(wanted) - found - unusable):
+        tally.add("no metadata", asin)
 
 
 def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) -> Tally:

@@ -22,7 +22,34 @@ from pipeline.split import rank
 from pipeline.tally import Tally
 
 ATTRIBUTES = tuple(
-    ["图案", "材质", "风格", "颜色", "领型", "版型", "闭合方式", "工艺", "袖长", "适用季节", "鞋帮高度", "裤型", "腰型", "袖型", "鞋头款式", "裤长", "鞋跟高度", "厚度", "靴筒高度", "口袋类型", "开口深度", "裙长", "弹性", "形状", "下摆类型", "开衩类型"]
+    [
+        "图案",
+        "材质",
+        "风格",
+        "颜色",
+        "领型",
+        "版型",
+        "闭合方式",
+        "工艺",
+        "袖长",
+        "适用季节",
+        "鞋帮高度",
+        "裤型",
+        "腰型",
+        "袖型",
+        "鞋头款式",
+        "裤长",
+        "鞋跟高度",
+        "厚度",
+        "靴筒高度",
+        "口袋类型",
+        "开口深度",
+        "裙长",
+        "弹性",
+        "形状",
+        "下摆类型",
+        "开衩类型",
+    ]
 )
 FILES = {  # split -> names, of the full release and of the public sample
     "train": ("jdair.jave.train.txt", "jdai.jave.fashion.train.sample"),
@@ -36,8 +63,8 @@ REQUEST = "ask for the data with the form in the README of jd-aig/JAVE"
 class Negatives(params.Settings):
     """How many of the 26 attributes that a sentence lacks are asked besides those that it has."""
 
-    train: int = Field(3, ge=0, le=26)
-    evaluation: int = Field(26, ge=0, le=26)
+    train: int = Field(default=3, ge=0, le=26)
+    evaluation: int = Field(default=26, ge=0, le=26)
 
 
 @dataclass(frozen=True, slots=True)

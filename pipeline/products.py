@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import mave, mepave, params, schema
 from pipeline.mave import replacing
@@ -32,8 +32,17 @@ class Settings(params.Settings):
     kind: Literal["sample", "mave", "mepave"]
     split: Split = Split()
     drop_sources: tuple[Literal["title", "description", "feature", "price", "brand"], ...] = ("brand",)
-    products_per_root: int | None = Field(None, ge=1)  # sampled from those with a positive and an image
+    products_per_root: int | None = Field(
+        default=None, ge=1
+    )  # sampled from those with a positive and an image
     negatives: mepave.Negatives = mepave.Negatives()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mepave_has_its_own_split(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "mepave" and "split" not in given:
+            return {**given, "split": {"by": "given"}}
+        return given
 
 
 @dataclass

@@ -31,10 +31,10 @@ class Settings(params.Settings):
     the test: fewer than `min_test_values` values of any origin there is an error."""
 
     kind: Literal["sample"] = "sample"
-    products: int = Field(240, ge=10, le=100_000)
+    products: int = Field(default=240, ge=10, le=100_000)
     seed: int = 0
     split: Split = Split(fractions=(0.6, 0.1, 0.3))
-    min_test_values: int = Field(40, ge=0)
+    min_test_values: int = Field(default=40, ge=0)
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Attribute:
     values: tuple[str, ...]
     sentences: tuple[str, ...]
     distractors: tuple[str, ...]  # sentences that name a value which is not the product's
-    shares: dict[str, float]  # origin -> share of questions; "none" is a negative, "unasked" no question
+    shares: dict[str, float]  # of products by origin; "none" is a negative, the rest no question
     pairs: float = 0.0  # share of text or printed answers with two values
 
 
-PACKAGING = {"text": 0.35, "printed": 0.30, "several": 0.15, "none": 0.12, "unasked": 0.08}
-TEXT_ONLY = {"text": 0.80, "none": 0.12, "unasked": 0.08}
+PACKAGING = {"text": 0.35, "printed": 0.30, "several": 0.15, "none": 0.12}
+TEXT_ONLY = {"text": 0.80, "none": 0.12}
 ATTRIBUTES = {
     "Color": Attribute(
         ("red", "green", "blue", "yellow", "black", "pink"),
         ("The bottle comes in {}.", "Filled into a {} bottle.", "You get one {} bottle."),
         ("Ships in a {} box.", "The gift ribbon is {}."),
-        {"visible": 0.42, "several": 0.33, "unasked": 0.25},
+        {"visible": 0.44, "several": 0.31},
     ),
     "Shape": Attribute(
         ("round", "square", "star", "heart", "triangle"),
         ("The bottle is {} shaped.", "It stands on the shelf as a {} bottle.", "Known for its {} outline."),
         (),
-        {"visible": 0.42, "several": 0.28, "unasked": 0.30},
+        {"visible": 0.44, "several": 0.26},
     ),
     "Brand": Attribute(
         ("Harbor", "Willow", "Summit", "Falcon", "Meadow", "Comet", "Orchid", "Atlas"),
@@ -114,7 +114,8 @@ ATTRIBUTES = {
         TEXT_ONLY,
     ),
 }
-ALWAYS = ("Color", "Shape", "Brand", "Size")
+VISIBLE = ("Color", "Shape")
+ALWAYS = (*VISIBLE, "Brand", "Size")
 CATEGORIES = {  # leaf category -> (root as Amazon writes it, noun, further attributes)
     "Body Lotions": ("All Beauty", "Body Lotion", ("Scent", "Material", "Country", "Texture")),
     "Shampoos": ("All Beauty", "Shampoo", ("Scent", "Material", "Occasion", "Texture")),
@@ -141,10 +142,10 @@ RGB = {
     "pink": (255, 120, 196),
 }
 PRINTED_ORDER = ("Brand", "Flavor", "Scent", "Size")
-SIZE_PX = (360, 400)  # width, height of a picture
-CARD_PX = 172  # height of the white card at the bottom that carries the print
-LINE_PX = 40
-FONT_PX = 31
+SIZE_PX = (320, 352)  # width, height of a picture
+CARD_PX = 150  # height of the white card at the bottom that carries the print
+LINE_PX = 34
+FONT_PX = 28
 
 
 @dataclass
@@ -153,7 +154,8 @@ class Drawn:
 
     asin: str
     category: str
-    answers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # key -> [(value, origin)]
+    answers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # asked key -> [(value, origin)]
+    shown: dict[str, str] = field(default_factory=dict)  # Color and Shape of the picture, asked or not
     metadata: dict[str, Any] = field(default_factory=dict)
     picture: str = "jpeg"  # or "broken", "missing", "animated"
 
@@ -191,13 +193,11 @@ def _products(number: int, rng: random.Random) -> list[Drawn]:
         origins = _shares(attribute.shares, len(askers), rng)
         values = _deck(list(attribute.values), len(askers), rng)
         for product, origin, value in zip(askers, origins, values, strict=True):
-            product.answers[key] = _answer(product, attribute, origin, value, rng)
-            if origin == "unasked" and key not in RGB_OR_SHAPE:
-                del product.answers[key]
+            if key in VISIBLE:
+                product.shown[key] = value
+            if origin is not None:
+                product.answers[key] = _answer(product, attribute, origin, value, rng)
     return products
-
-
-RGB_OR_SHAPE = ("Color", "Shape")
 
 
 def _answer(
@@ -205,7 +205,7 @@ def _answer(
 ) -> list[tuple[str, str]]:
     if origin == "none":
         return []
-    if product.picture != "jpeg" and origin != "unasked":
+    if product.picture != "jpeg":
         origin = "text"  # nothing can be read off a picture that is not there
     values = [value]
     if origin in ("text", "printed") and rng.random() < attribute.pairs:
@@ -221,12 +221,14 @@ def _deck(cards: list[str], number: int, rng: random.Random) -> list[str]:
     return deck
 
 
-def _shares(shares: dict[str, float], number: int, rng: random.Random) -> list[str]:
-    origins: list[str] = []
+def _shares(shares: dict[str, float], number: int, rng: random.Random) -> list[str | None]:
+    """An origin for each of `number` products, None for those that are not asked."""
+    origins: list[str | None] = []
     total = 0.0
     for origin, share in shares.items():
         total += share
         origins += [origin] * (round(total * number) - len(origins))
+    origins += [None] * (number - len(origins))
     rng.shuffle(origins)
     return origins
 
@@ -243,7 +245,6 @@ def _check_test_values(products: list[Drawn], settings: Settings) -> None:
         if split[product.asin] == "test"
         for answer in product.answers.values()
         for _, origin in answer
-        if origin != "unasked"
     )
     short = [
         f"{origin} has {counts[origin]}"
@@ -285,7 +286,7 @@ def _metadata(product: Drawn, rng: random.Random) -> dict[str, Any]:
     bullets, rest = sentences[:num_bullets], sentences[num_bullets:]
     half = (len(rest) + 1) // 2
     description = [" ".join(part) for part in (rest[:half], rest[half:]) if part]
-    brands = [value for value, origin in product.answers.get("Brand", []) if origin != "unasked"]
+    brands = [value for value, _ in product.answers.get("Brand", [])]
     name = f"{product.asin}.{'gif' if product.picture == 'animated' else 'jpg'}"
     record: dict[str, Any] = {
         "category": [root, product.category],
@@ -335,8 +336,6 @@ def _label(product: Drawn) -> dict[str, Any]:
     cleaned = clean.paragraphs(product.metadata)
     attributes = []
     for key, answer in product.answers.items():
-        if any(origin == "unasked" for _, origin in answer):
-            continue
         attribute: dict[str, Any] = {"key": key, "evidences": []}
         for value, origin in answer:
             for pid, (text, source) in enumerate(cleaned):
@@ -402,10 +401,9 @@ def _write_files(
         empty = [attribute for attribute in label["attributes"] if not attribute.get("values")]
         positives += [{**label, "attributes": asked}] if asked else []
         negatives += [{**label, "attributes": empty}] if empty or not label["attributes"] else []
-    _write_lines(
-        folder / "metadata" / "00-metadata.jsonl", metadata, '{"asin": "B0BROKEN00", "title": "cut o'
-    )
-    _write_lines(folder / "labels" / "00-positives.jsonl", positives, '{"id": "B0BROKEN00", "category": ')
+    cut_metadata, cut_label = (json.dumps(row)[:80] for row in (products[0].metadata, positives[0]))
+    _write_lines(folder / "metadata" / "00-metadata.jsonl", metadata, cut_metadata)
+    _write_lines(folder / "labels" / "00-positives.jsonl", positives, cut_label)
     _write_lines(folder / "labels" / "01-negatives.jsonl", negatives, None)
 
 
@@ -445,31 +443,25 @@ def _draw(product: Drawn, rng: random.Random) -> "Image.Image":
     shade = rng.randint(226, 240)
     picture = Image.new("RGB", SIZE_PX, (shade, shade, shade))
     draw = ImageDraw.Draw(picture)
-    radius = rng.uniform(100, 108)
-    middle = (width / 2 + rng.uniform(-14, 14), (height - CARD_PX) / 2 + rng.uniform(-4, 4))
-    rgb = tuple(min(255, max(0, part + rng.randint(-8, 8))) for part in RGB[_shown(product, "Color", rng)])
+    radius = rng.uniform(86, 94)
+    middle = (width / 2 + rng.uniform(-12, 12), (height - CARD_PX) / 2 + rng.uniform(-4, 4))
+    rgb = tuple(min(255, max(0, part + rng.randint(-8, 8))) for part in RGB[product.shown["Color"]])
     outline = [
-        (middle[0] + radius * x, middle[1] + radius * y) for x, y in outlines()[_shown(product, "Shape", rng)]
+        (middle[0] + radius * x, middle[1] + radius * y) for x, y in outlines()[product.shown["Shape"]]
     ]
     draw.polygon(outline, fill=rgb)
-    draw.rectangle((12, height - CARD_PX, width - 13, height - 9), fill=(255, 255, 255), outline=(90, 90, 90))
+    draw.rectangle((10, height - CARD_PX, width - 11, height - 8), fill=(255, 255, 255), outline=(90, 90, 90))
     lines = [
         value if key == "Size" else value.upper()
         for key in PRINTED_ORDER
         for value, origin in product.answers.get(key, [])
         if origin in ("printed", "several")
     ]
-    top = height - CARD_PX + (CARD_PX - 9 - LINE_PX * len(lines)) / 2
+    top = height - CARD_PX + (CARD_PX - 8 - LINE_PX * len(lines)) / 2
     for number, line in enumerate(lines):
         place = (width / 2, top + (number + 0.5) * LINE_PX)
         draw.text(place, line, font=font(FONT_PX), fill=(0, 0, 0), anchor="mm")
     return picture
-
-
-def _shown(product: Drawn, key: str, rng: random.Random) -> str:
-    """What the picture shows: the answer, also where it is not asked for."""
-    answer = product.answers.get(key)
-    return answer[0][0] if answer else rng.choice(ATTRIBUTES[key].values)
 
 
 def outlines() -> dict[str, list[tuple[float, float]]]:

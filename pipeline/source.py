@@ -38,7 +38,7 @@ class File(params.Settings):
     url: str | None = None
     mirrors: tuple[str, ...] = ()
     sha256: Digest | None = None
-    size: int | None = Field(None, ge=0)
+    size: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _one_place(self) -> "File":
@@ -65,7 +65,7 @@ class Mave(params.Settings):
     kind: Literal["mave"]
     labels: tuple[File, ...] = Field(min_length=1)
     metadata: tuple[File, ...] = ()
-    roots: dict[RootName, File] = {}
+    roots: dict[RootName, File] = Field(default_factory=dict)
     plain_http: tuple[str, ...] = ()  # loopback `host:port` that may be asked without TLS
 
     @field_validator("plain_http")
@@ -93,7 +93,7 @@ class Mepave(params.Settings):
 
     kind: Literal["mepave"]
     path: str
-    sha256: dict[Literal["train", "validation", "test"], Digest] = {}
+    sha256: dict[Literal["train", "validation", "test"], Digest] = Field(default_factory=dict)
 
 
 Settings = Annotated[sample.Settings | Mave | Mepave, Field(discriminator="kind")]

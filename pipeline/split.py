@@ -20,8 +20,8 @@ class Split(params.Settings):
     by: Literal["product", "instance", "given"] = "product"
     fractions: tuple[Fraction, Fraction, Fraction] = (0.8, 0.1, 0.1)
     seed: int = 0
-    folds: int | None = Field(None, ge=2, le=100)
-    fold: int = Field(0, ge=0)
+    folds: int | None = Field(default=None, ge=2, le=100)
+    fold: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Split":
