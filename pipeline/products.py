@@ -86,7 +86,7 @@ def mave_rows(source: Path, corpus: str, settings: Settings, tally: Tally) -> It
         paragraphs = _given_paragraphs(label)
         if paragraphs is None:
             tally.add("paragraphs are not a list of text and source", label["id"])
-        elif not any(source == "title" for _, source in paragraphs):
+        elif not any(source == "title" and text.strip() for text, source in paragraphs):
             tally.add("no title", label["id"])
         elif row := _row(label, paragraphs, label, roots, corpus, settings, tally):
             yield row

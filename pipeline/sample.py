@@ -205,8 +205,8 @@ def _answer(
 ) -> list[tuple[str, str]]:
     if origin == "none":
         return []
-    if product.picture != "jpeg":
-        origin = "text"  # nothing can be read off a picture that is not there
+    if product.picture in ("broken", "missing"):
+        origin = "text"  # nothing can be read off it
     values = [value]
     if origin in ("text", "printed") and rng.random() < attribute.pairs:
         values.append(rng.choice([other for other in attribute.values if other != value]))
