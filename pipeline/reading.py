@@ -81,7 +81,9 @@ class ShardFolder:
             return None
         about = table.schema.metadata
         dtype = np.dtype(about[b"dtype"].decode()).newbyteorder("<")
-        return np.frombuffer(value.as_buffer(), dtype=dtype).reshape(-1, int(about[b"width"]))
+        view = np.frombuffer(value.as_buffer(), dtype=dtype).reshape(-1, int(about[b"width"]))
+        view.flags.writeable = False
+        return view
 
     def _find(self, asin: str) -> tuple[pa.Table, int]:
         index = bisect.bisect_right(self._firsts, asin) - 1
@@ -112,6 +114,8 @@ class Chunk(Protocol):
     def digest(self) -> str: ...
     @property
     def num_rows(self) -> int: ...
+    @property
+    def ends(self) -> tuple[str, str]: ...  # first and last asin
     def load(self) -> Rows: ...
 
 
@@ -129,6 +133,10 @@ class RowsChunk:
     def num_rows(self) -> int:
         return len(self.rows)
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        return self.rows[0]["asin"], self.rows[-1]["asin"]
+
     def load(self) -> Rows:
         return [dict(row) for row in self.rows]
 
@@ -139,6 +147,7 @@ class FolderChunk:
 
     digest: str
     num_rows: int
+    ends: tuple[str, str]
     columns: tuple[str, ...]
     pieces: tuple[tuple[Path, int, int], ...]
 
@@ -178,7 +187,8 @@ def chunks_of_folder(
 
     def close() -> None:
         if rows:
-            chunks.append(FolderChunk(digest(rows), len(rows), columns, tuple(pieces)))
+            ends = rows[0]["asin"], rows[-1]["asin"]
+            chunks.append(FolderChunk(digest(rows), len(rows), ends, columns, tuple(pieces)))
             rows.clear()
             pieces.clear()
 

@@ -115,6 +115,11 @@ class _Stored:
     def path(self) -> Path:
         return store() / self.stage / self.fingerprint[:2] / f"{self.fingerprint}.parquet"
 
+    @property
+    def unfinished(self) -> Path:
+        """Where it waits to be assembled while some of its rows failed for now; no later run takes it."""
+        return self.path.with_suffix(".unfinished")
+
     def record(self) -> dict[str, Any] | None:
         """None when it is not there or not what was written (said on stderr: it is made again)."""
         record_path = self.path.with_suffix(".json")
@@ -130,8 +135,7 @@ class _Stored:
     def write(self, rows: Rows, job_schema: pa.Schema, transient: frozenset[str]) -> dict[str, Any]:
         status = Counter(row["status"] for row in rows)
         finished = not transient.intersection(status)
-        # without a record beside it, no later run takes it
-        path = self.path if finished else self.path.with_suffix(".unfinished")
+        path = self.path if finished else self.unfinished
         with atomically(path, mode=0o444) as temporary:
             schema.write_parquet(rows, job_schema, temporary)
             record = {
@@ -144,6 +148,7 @@ class _Stored:
             }
         if finished:
             write_json(record, path.with_suffix(".json"))
+            self.unfinished.unlink(missing_ok=True)
         return record
 
 
@@ -182,19 +187,23 @@ def sole_writer(stage: str, corpus: str) -> Iterator[None]:
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
     path = LOCKS / f"{corpus}.{stage}.lock"
-    holder = path.with_suffix(".holder")
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
-        who = holder.read_text().strip() if holder.is_file() else "another process"
-        raise ValueError(f"{stage} of {corpus} is being written by {who}") from None
+        raise ValueError(f"{stage} of {corpus} is being written by {_holder(path)}") from None
+    holder = path.with_suffix(".holder")
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _holder(lock: Path) -> str:
+    holder = lock.with_suffix(".holder")
+    return holder.read_text().strip() if holder.is_file() else "another process"
 
 
 def run(job: Job) -> Path:
@@ -223,12 +232,10 @@ def run(job: Job) -> Path:
                 try:
                     for at, record in results:
                         records[todo[at]] = record
-                        bar.update(record["rows"])
                 except workers.TaskError as error:
-                    asins = [row["asin"] for row in job.chunks[todo[error.index]].load()]
-                    raise ValueError(
-                        f"{name}: shard {todo[error.index]:05d} ({asins[0]} to {asins[-1]}): {error}"
-                    ) from None
+                    index = todo[error.index]
+                    first, last = job.chunks[index].ends
+                    raise ValueError(f"{name}: shard {index:05d} ({first} to {last}): {error}") from None
         finished = [record for record in records if record is not None]
         assert len(finished) == len(shards)
         status: Counter[str] = sum((Counter(record["status"]) for record in finished), Counter())
@@ -271,10 +278,9 @@ def _assemble(
     entries = []
     for index, (shard, record) in enumerate(zip(shards, records, strict=True)):
         path = job.output / f"{index:05d}.parquet"
-        unfinished = shard.path.with_suffix(".unfinished")
         if job.transient.intersection(record["status"]):
-            _copy(unfinished, path)
-            unfinished.unlink()
+            _copy(shard.unfinished, path)
+            shard.unfinished.unlink()
         else:
             _link(shard.path, path)
         entries.append({"name": path.name, "fingerprint": shard.fingerprint, **record})
@@ -315,7 +321,7 @@ def _progress(name: str, chunks: Sequence[Chunk], records: Sequence[dict[str, An
         desc=name,
         total=sum(chunk.num_rows for chunk in chunks),
         initial=sum(record["rows"] for record in records if record is not None),
-        unit="row",
+        unit="image",
         file=sys.stderr if watched else _Lines(),
         mininterval=0.5 if watched else 5,
         miniters=0,
@@ -350,7 +356,12 @@ def status() -> list[str]:
         f"{store()}/{stage}: {len(sizes)} finished shards, {sum(sizes) / 1e6:.1f} MB"
         for stage, sizes in stored.items()
     ]
-    lines += [f"{path.stem}: being written by {path.read_text().strip()}" for path in LOCKS.glob("*.holder")]
+    for path in sorted(LOCKS.glob("*.lock")):
+        try:
+            with FileLock(path, timeout=0, fallback_to_soft=False):
+                pass
+        except Timeout:
+            lines.append(f"{path.stem}: being written by {_holder(path)}")
     return lines or ["nothing is there yet"]
 
 

@@ -77,7 +77,7 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
         try:
             handle = open_worker()
         except Exception as error:  # noqa: BLE001 - told to the parent, which raises
-            pipe.send(("failed", _message(error)))
+            pipe.send(("unopened", _message(error)))
             return
         while True:
             task = pipe.recv()
@@ -91,7 +91,9 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
                     last, pending = time.monotonic(), 0
 
             try:
-                pipe.send(("done", handle(task, tick)))
+                result = handle(task, tick)
+                pipe.send(("rows", pending))
+                pipe.send(("done", result))
             except Exception as error:  # noqa: BLE001 - told to the parent, which raises
                 pipe.send(("failed", _message(error)))
                 return
@@ -159,8 +161,8 @@ def local(
     """Each worker computes with exactly `threads` threads, however many workers there are: equal bits.
 
     A worker that dies (out of memory, a fault in a decoder) costs one more try of its task; a task
-    whose worker died twice raises `TaskError`, as does one that raises. `progress(n)` gets the
-    change in rows done, negative when a try is lost.
+    whose worker died twice raises `TaskError`, as does one that raises; a worker that cannot open
+    raises `ValueError`. `progress(n)` gets the change in rows done, negative when a try is lost.
     """
     pool = _Pool(open_worker, threads)
     waiting, deaths = deque(range(len(tasks))), [0] * len(tasks)
@@ -180,6 +182,7 @@ def local(
                 try:
                     kind, value = worker.pipe.recv()
                 except (EOFError, ConnectionResetError):
+                    worker.process.join(TICK_S)  # so that it is its own end that is told
                     exit_code = pool.stop(worker)
                     if worker.index is None:
                         continue
@@ -193,13 +196,14 @@ def local(
                     waiting.appendleft(worker.index)
                     continue
                 assert worker.index is not None
+                if kind == "unopened":
+                    raise ValueError(value)
                 if kind == "failed":
                     raise TaskError(worker.index, value)
                 if kind == "rows":
                     worker.rows += value
                     progress(value)
                 else:
-                    progress(-worker.rows)  # the receiver counts the whole task
                     left -= 1
                     yield worker.index, value
                     worker.index = None
