@@ -118,8 +118,6 @@ class Seen:
     """What a model may see of pictures: fetched, read and cut into regions as for its training."""
 
     def __init__(self, provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str]) -> None:
-        from features import ocr, regions
-
         base = str(folder) if folder is not None else None
         self.settings = images.Settings(base=base, hosts=tuple(hosts))
         self.fetch: Process = images.make_worker(self.settings)
@@ -127,8 +125,12 @@ class Seen:
         self.ocr: Process | None = None
         self.regions: Process | None = None
         if looks["ocr"]:
+            from features import ocr
+
             self.ocr = ocr.make_worker(ocr.Settings.model_validate(provenance["ocr"]))
         if looks["image"]:
+            from features import regions
+
             self.regions = regions.make_worker(regions.Settings.model_validate(provenance["regions"]))
 
     def of(self, lines: Sequence[Line]) -> list[tuple[str, dict[str, Any]]]:
