@@ -17,6 +17,8 @@ from urllib.parse import urljoin, urlsplit
 
 from tqdm import tqdm
 
+from pipeline.disk import sha256_of
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -66,7 +68,7 @@ class Download:
         """The finished file, in the cache. Raises `ValueError` with the reason of every address."""
         self.cache.mkdir(parents=True, exist_ok=True)
         if self.sha256 and (finished := self.cache / self.sha256).is_file():
-            if digest(finished) == self.sha256:
+            if sha256_of(finished) == self.sha256:
                 return finished
             finished.unlink()
         reasons = []
@@ -177,7 +179,7 @@ class Download:
     def _finish(self, partial: "_Partial") -> Path:
         """Check the whole file and give it its name."""
         check_not_pointer(partial.path)
-        found = digest(partial.path)
+        found = sha256_of(partial.path)
         if self.sha256 and found != self.sha256:
             size = partial.offset
             partial.restart()
@@ -225,12 +227,6 @@ class _Partial:
             return str(json.loads(self._state.read_text())["validator"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_not_pointer(path: Path) -> None:

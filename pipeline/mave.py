@@ -11,7 +11,6 @@ import argparse
 import gzip
 import io
 import json
-import os
 import re
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import orjson
 from tqdm import tqdm
 
 from pipeline import clean
+from pipeline.disk import atomically
 from pipeline.tally import Tally
 
 MAX_LINE_BYTES = 64 << 20
@@ -189,26 +189,12 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
             paragraphs = [{"text": text, "source": source} for text, source in record.paragraphs]
             for index, line in by_id[record.metadata["asin"]]:
                 put(index, json.loads(line), paragraphs)
-        with replacing(output) as file:
+        with atomically(output) as temporary, temporary.open("wb") as file:
             for _, _, offset, length in sorted(places):
                 spool.seek(offset)
                 file.write(spool.read(length) + b"\n")
     tally.add("lines written", count=len(places))
     return tally
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` only when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

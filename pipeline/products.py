@@ -9,7 +9,6 @@ metrics/CORPUS/products.json. Whatever cannot be used is counted there by reason
 import argparse
 import heapq
 import html
-import json
 import re
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline import mave, mepave, params, schema
-from pipeline.mave import replacing
+from pipeline.disk import atomically, write_json
 from pipeline.split import Split, assign, rank
 from pipeline.tally import Tally
 
@@ -429,14 +428,9 @@ def run(corpus: str) -> None:
     settings = params.load(Settings, params.CONFIG / corpus / "products.json")
     tally = Tally()
     rows = build(Path("data") / corpus / "source", corpus, settings, tally)
-    output = Path("data") / corpus / "products.parquet"
-    with replacing(output) as file:
-        schema.write_parquet(rows, schema.PRODUCTS, Path(file.name))
-    metrics = Path("metrics") / corpus / "products.json"
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(metrics) as file:
-        text = json.dumps(summary(rows, tally), indent=2, ensure_ascii=False, sort_keys=True)
-        file.write(text.encode() + b"\n")
+    with atomically(Path("data") / corpus / "products.parquet") as temporary:
+        schema.write_parquet(rows, schema.PRODUCTS, temporary)
+    write_json(summary(rows, tally), Path("metrics") / corpus / "products.json")
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from pipeline import mepave, params, sample
-from pipeline.download import CHUNK_BYTES, Download, check_not_pointer, digest, is_loopback
+from pipeline.disk import atomically, sha256_of, sync_folder
+from pipeline.download import CHUNK_BYTES, Download, check_not_pointer, is_loopback
 
 PARAMS = Path("params.yaml")
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -153,6 +154,7 @@ def bring(settings: params.Settings, corpus: str, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
+    sync_folder(folder.parent)
 
 
 def download(file: File, settings: params.Settings) -> Path:
@@ -235,12 +237,11 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
         if not local.is_file():
             raise ValueError(f"{local} is not a file: put it there, or correct the path in {path}")
         check_local(local)
-        _set_pin(entry, one, digest(local), local.stat().st_size)
-        written.append(f"{one.file.place}: {digest(local)} ({local.stat().st_size} bytes)")
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+        found, size = sha256_of(local), local.stat().st_size
+        _set_pin(entry, one, found, size)
+        written.append(f"{one.file.place}: {found} ({size} bytes)")
+    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
-    temporary.replace(path)
     return written
 
 
