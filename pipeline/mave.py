@@ -50,11 +50,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("rb", buffering=1 << 20))
-        while file.peek(2)[:2] == GZIP_MAGIC:
-            file = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20))
-        if file.peek(len(LFS_MAGIC))[: len(LFS_MAGIC)] == LFS_MAGIC:
-            raise ValueError(f"{path} is a Git LFS pointer, not the data: fetch the file that it points at")
         try:
+            while file.peek(2)[:2] == GZIP_MAGIC:
+                unzipped = gzip.GzipFile(fileobj=file, mode="rb")
+                file = stack.enter_context(io.BufferedReader(unzipped, 1 << 20))
+            if file.peek(len(LFS_MAGIC))[: len(LFS_MAGIC)] == LFS_MAGIC:
+                raise ValueError(f"{path} is a Git LFS pointer, not the data: fetch the file it points at")
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is damaged or cut short: {error}") from error

@@ -1,0 +1,209 @@
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SHARED_DATA
+
+from pipeline import clean, mave
+from pipeline.tally import Tally
+
+GIFT_CARDS = SHARED_DATA / "amazon-gift-cards" / "meta_Gift_Cards.json.gz"
+
+
+def write(path: Path, *rows: Any, tail: bytes = b"") -> Path:
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + tail)
+    return path
+
+
+def label(asin: str, *keys: str) -> dict[str, Any]:
+    return {"id": asin, "category": "Mugs", "attributes": [{"key": key, "evidences": []} for key in keys]}
+
+
+def product(asin: str, title: Any, **more: Any) -> dict[str, Any]:
+    return {"asin": asin, "title": title, **more}
+
+
+def joined(folder: Path, metadata: list[Path], labels: list[Path]) -> tuple[list[dict[str, Any]], Tally]:
+    tally = mave.join(metadata, labels, folder / "out.jsonl")
+    return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()], tally
+
+
+def test_one_full_line_is_written_per_label_line_sorted_by_id(tmp_path: Path) -> None:
+    metadata = write(
+        tmp_path / "m.jsonl",
+        product("B000000002", "Two", feature=["<p>soft</p>", ""], brand="Acme"),
+        product("B000000009", "Nobody asks"),
+        product("B000000001", "One"),
+    )
+    positives = write(tmp_path / "p.jsonl", label("B000000002", "Type"), label("B000000001", "Type"))
+    negatives = write(tmp_path / "n.jsonl", label("B000000001", "Size"))
+    rows, tally = joined(tmp_path, [metadata], [positives, negatives])
+    assert [list(row) for row in rows] == [["id", "category", "paragraphs", "attributes"]] * 3
+    assert [(row["id"], row["attributes"][0]["key"]) for row in rows] == [
+        ("B000000001", "Type"),
+        ("B000000001", "Size"),
+        ("B000000002", "Type"),
+    ]
+    assert rows[2]["paragraphs"] == [
+        {"text": "Two", "source": "title"},
+        {"text": "soft", "source": "feature"},
+        {"text": "Acme", "source": "brand"},
+    ]
+    assert tally.counts["lines written"] == 3
+    assert tally.counts["metadata without label"] == 1
+
+
+def test_the_first_metadata_line_that_survives_cleaning_wins(tmp_path: Path) -> None:
+    first = write(
+        tmp_path / "1.jsonl", product("B000000001", "x.getTime()"), product("B000000001", "", brand="x")
+    )
+    second = write(
+        tmp_path / "2.jsonl", product("B000000001", "Good"), product("B000000001", "Late and better")
+    )
+    rows, tally = joined(
+        tmp_path, [first, second], [write(tmp_path / "l.jsonl", label("B000000001", "Type"))]
+    )
+    assert [row["paragraphs"][0]["text"] for row in rows] == ["Good"]
+    assert tally.counts["no title"] == 2
+    assert tally.counts["repeated metadata"] == 1
+    assert tally.examples["repeated metadata"] == ["2.jsonl:2"]
+    assert "no metadata" not in tally.counts
+
+
+def test_spans_are_passed_on_unchecked(tmp_path: Path) -> None:
+    wrong = {"key": "Type", "evidences": [{"value": "x", "pid": 9, "begin": 5, "end": 2}]}
+    labels = write(tmp_path / "l.jsonl", {"id": "B000000001", "category": "Mugs", "attributes": [wrong]})
+    rows, _ = joined(tmp_path, [write(tmp_path / "m.jsonl", product("B000000001", "One"))], [labels])
+    assert rows[0]["attributes"] == [wrong]
+
+
+def test_a_line_with_paragraphs_needs_no_metadata(tmp_path: Path) -> None:
+    full = {**label("B000000001", "Type"), "paragraphs": [{"text": "One", "source": "title"}], "more": 1}
+    rows, _ = joined(tmp_path, [], [write(tmp_path / "l.jsonl", full)])
+    assert rows == [{name: full[name] for name in ("id", "category", "paragraphs", "attributes")}]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_plain_gzipped_and_twice_gzipped_files_are_read_alike(tmp_path: Path, layers: int) -> None:
+    data = json.dumps(product("B000000001", "One")).encode() + b"\n"
+    for _ in range(layers):
+        data = gzip.compress(data)
+    (tmp_path / "All.json.gz").write_bytes(data)
+    rows, _ = joined(tmp_path, [tmp_path / "All.json.gz"], [write(tmp_path / "l.jsonl", label("B000000001"))])
+    assert rows[0]["paragraphs"] == [{"text": "One", "source": "title"}]
+
+
+def test_lines_that_cannot_be_used_are_counted_with_their_place(tmp_path: Path) -> None:
+    metadata = tmp_path / "m.jsonl"
+    metadata.write_bytes(
+        b'\xef\xbb\xbf{"asin": "B000000001", "title": "One"}\r\n'
+        b"\n"
+        b'{"asin": "B000000002", "title": "cut o\n'
+        b'[1, "asin"]\n'
+        b'{"title": "no asin"}\n'
+        b'{"asin": 7, "title": "number"}\n'
+        b'{"asin": "B000000003", "title": "bad utf8 \xff"}\n'
+        b'{"asin": "B000000004", "title": "NaN is read", "price": NaN}\n'
+        b'{"asin": "B000000005", "title": "half a \\ud83d pair"}\n'
+        b'{"asin": "B00000000\\u0036", "title": "escaped"}'
+    )
+    labels = write(tmp_path / "l.jsonl", *(label(f"B00000000{i}", "Type") for i in range(1, 7)))
+    rows, tally = joined(tmp_path, [metadata], [labels])
+    assert [row["id"][-1] for row in rows] == ["1", "4", "5", "6"]
+    assert rows[2]["paragraphs"][0]["text"] == "half a pair"
+    assert tally.examples["malformed line"] == ["m.jsonl:3", "m.jsonl:4", "m.jsonl:7"]
+    assert tally.examples["metadata without asin"] == ["m.jsonl:5", "m.jsonl:6"]
+    assert tally.examples["no metadata"] == ["B000000002", "B000000003"]
+
+
+def test_label_lines_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    labels = write(
+        tmp_path / "l.jsonl",
+        label("B000000001", "Type"),
+        label("B000000001", "Size"),
+        {"id": "B000000002", "category": "Mugs"},
+        {"category": "Mugs", "attributes": []},
+        {"id": "B000000003", "attributes": []},
+        tail=b'{"id": "B0000',
+    )
+    rows, tally = joined(tmp_path, [write(tmp_path / "m.jsonl", product("B000000001", "One"))], [labels])
+    assert len(rows) == 1
+    assert tally.examples["repeated label"] == ["l.jsonl:2"]
+    assert tally.examples["label without id or attributes"] == ["l.jsonl:3", "l.jsonl:4"]
+    assert tally.examples["label without category"] == ["l.jsonl:5"]
+    assert tally.examples["malformed line"] == ["l.jsonl:6"]
+
+
+def test_a_giant_line_is_counted_and_the_next_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mave, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'"' + b"x" * 350 + b'"\n' + b"{}\n")
+    tally = Tally()
+    assert list(mave.lines(path, tally)) == [(2, b"{}\n")]
+    assert tally.examples == {"line too long": ["m.jsonl:1"]}
+
+
+def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
+    with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short"):
+        list(mave.lines(path, Tally()))
+
+
+def test_a_git_lfs_pointer_is_an_error_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    with pytest.raises(ValueError, match=r"labels\.jsonl is a Git LFS pointer"):
+        list(mave.lines(path, Tally()))
+
+
+def test_no_output_is_left_when_the_join_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "m.json.gz"
+    broken.write_bytes(gzip.compress(b'{"asin": "B000000001"}')[:20])
+    with pytest.raises(ValueError, match="damaged"):
+        mave.join([broken], [write(tmp_path / "l.jsonl", label("B000000001"))], tmp_path / "out.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.jsonl", "m.json.gz"]
+
+
+def test_the_command_writes_the_file_and_tells_the_counts(tmp_path: Path) -> None:
+    metadata = write(tmp_path / "m.jsonl", product("B000000001", "One"))
+    labels = write(tmp_path / "l.jsonl", label("B000000001", "Type"), label("B000000002", "Type"))
+    command = [sys.executable, "-m", "pipeline.mave", "--metadata", metadata, "--labels", labels, "--output"]
+    done = subprocess.run(
+        [*command, tmp_path / "out.jsonl"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["no metadata"] == {"count": 1, "examples": ["B000000002"]}
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
+    metadata.unlink()
+    done = subprocess.run([*command, tmp_path / "out.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pipeline.mave:" in done.stderr
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not GIFT_CARDS.is_file(), reason="../shared/data/amazon-gift-cards is not there")
+def test_real_metadata_is_joined_as_a_plain_dictionary_join_does(tmp_path: Path) -> None:
+    with gzip.open(GIFT_CARDS) as file:
+        records = [json.loads(line) for line in file]
+    asked = sorted({record["asin"] for record in records[::3]})
+    labels = write(tmp_path / "l.jsonl", *(label(asin, "Type") for asin in reversed(asked)))
+    rows, tally = joined(tmp_path, [GIFT_CARDS], [labels])
+    expected: dict[str, Any] = {}
+    for record in records:
+        texts = clean.paragraphs(record)
+        if record["asin"] in asked and clean.has_title(texts) and record["asin"] not in expected:
+            paragraphs = [{"text": text, "source": source} for text, source in texts]
+            expected[record["asin"]] = {
+                "id": record["asin"],
+                "category": "Mugs",
+                "paragraphs": paragraphs,
+                "attributes": [{"key": "Type", "evidences": []}],
+            }
+    assert rows == [expected[asin] for asin in sorted(expected)]
+    assert tally.counts["lines written"] > 450

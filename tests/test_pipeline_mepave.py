@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHARED_DATA
+
+from pipeline import mepave, products
+from pipeline.split import Split
+from pipeline.tally import Tally
+
+SAMPLE = SHARED_DATA / "mepave-sample"
+here = pytest.mark.skipif(not SAMPLE.is_dir(), reason="../shared/data/mepave-sample is not there")
+ROW = "c_1\ts_1\t红色Polo衫\t<颜色>红色</颜色>Polo衫"
+
+
+def release(folder: Path, train: str = ROW, valid: str = "", test: str = "") -> Path:
+    for name, rows in (("train", train), ("valid", valid), ("test", test)):
+        (folder / f"jdair.jave.{name}.txt").write_text(rows + "\n", encoding="utf-8")
+    return folder
+
+
+def test_tags_and_texts_are_lower_cased_and_aligned(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(ROW + "\nc_1\ts_2\t无\t无", encoding="utf-8")
+    mepave.write_sequences(tmp_path / "file", tmp_path / "out")
+    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        "indexs": "c_1\ts_1\nc_1\ts_2\n",
+        "input.seq": "红 色 p o l o 衫\n无\n",
+        "output.seq": "B-颜色 I-颜色 O O O O O\nO\n",
+        "output.label": "颜色\n[PAD]\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("c_1\ts_1\t红色", "row without four fields"),
+        ("x_1\ts_1\t红\t红", "id is not a cid or sid"),
+        ("c_1\t1\t红\t红", "id is not a cid or sid"),
+        ("c_1\ts_1\t\t", "empty text"),
+        ("c_1\ts_1\t红 色\t红 色", "blank in the text"),
+        ("c_1\ts_1\t红色\t<颜色>红</形状>色", "broken tags"),
+        ("c_1\ts_1\t红色\t<颜色>红色", "broken tags"),
+        ("c_1\ts_1\t红<色\t红<色", "broken tags"),
+        ("c_1\ts_1\t红色\t<颜色></颜色>红色", "broken tags"),
+        ("c_1\ts_1\t红色\t<颜色>蓝</颜色>色", "texts differ"),
+    ],
+)
+def test_a_bad_row_is_counted_by_its_reason(tmp_path: Path, row: str, reason: str) -> None:
+    tally = Tally()
+    (tmp_path / "file").write_text(f"{ROW}\n{row}\n", encoding="utf-8")
+    assert [sentence.sid for sentence in mepave.sentences(tmp_path / "file", tally)] == ["s_1"]
+    assert tally.examples == {reason: ["file:2"]}
+
+
+def test_a_line_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"c_1\ts_1\t\xff\t\xff\n" + ROW.encode())
+    tally = Tally()
+    assert len(list(mepave.sentences(tmp_path / "file", tally))) == 1
+    assert tally.examples == {"not UTF-8": ["file:1"]}
+
+
+def test_rows_carry_gold_negatives_and_the_files_own_split(tmp_path: Path) -> None:
+    release(tmp_path, valid="c_2\ts_2\t绿裤绿\t<颜色>绿</颜色>裤<颜色>绿</颜色>", test="c_1\ts_3\t无\t无")
+    tally = Tally()
+    settings = products.Settings(kind="mepave")
+    rows = products.build(tmp_path, "mepave", settings, tally)
+    train, valid, test = rows
+    assert [(row["item"], row["asin"], row["split"]) for row in rows] == [
+        ("s_1", "c_1", "train"),
+        ("s_2", "c_2", "validation"),
+        ("s_3", "c_1", "test"),
+    ]
+    assert [len(row["attributes"]) for row in rows] == [4, 26, 26]
+    assert train["image_urls"] == ["1.jpg"]
+    assert train["attributes"][0] == {
+        "key": "颜色",
+        "values": ["红色"],
+        "origins": ["text"],
+        "evidences": [{"value": "红色", "paragraph": 0, "begin": 0, "end": 2}],
+        "split": "train",
+    }
+    assert valid["attributes"][0]["values"] == ["绿"]
+    assert [span["begin"] for span in valid["attributes"][0]["evidences"]] == [0, 2]
+    assert not any(attribute["values"] for attribute in test["attributes"])
+    assert tally.examples["cid in several splits"] == ["c_1"]
+
+
+def test_a_split_of_ones_own_keeps_the_sentences_of_a_product_together(tmp_path: Path) -> None:
+    rows = "\n".join(f"c_{i // 3}\ts_{i}\t红\t<颜色>红</颜色>" for i in range(60))
+    settings = products.Settings(kind="mepave", split=Split(fractions=(0.5, 0.2, 0.3)))
+    built = products.build(release(tmp_path, train=rows), "mepave", settings, Tally())
+    assert len({(row["asin"], row["split"]) for row in built}) == 20
+    assert {row["split"] for row in built} == {"train", "validation", "test"}
+
+
+def test_a_repeated_sid_and_an_unknown_attribute_are_counted(tmp_path: Path) -> None:
+    tally = Tally()
+    release(tmp_path, train=f"{ROW}\n{ROW}\nc_2\ts_2\t大\t<尺码>大</尺码>")
+    mepave.rows(tmp_path, "mepave", mepave.Negatives(), 0, tally)
+    assert tally.counts["repeated sid"] == 1
+    assert tally.examples["attribute not among the 26"] == ["s_2: 尺码"]
+
+
+def test_a_missing_file_is_an_error_that_says_where_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"none of jdair\.jave\.train\.txt .*form in the README of jd-aig/JAVE"
+    ):
+        mepave.files(tmp_path)
+    release(tmp_path)
+    (tmp_path / "jdai.jave.fashion.test.sample").write_text("")
+    with pytest.raises(ValueError, match=r"both of jdair\.jave\.test\.txt"):
+        mepave.files(tmp_path)
+
+
+@pytest.mark.shared_data
+@here
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_the_public_sample_comes_out_byte_for_byte(tmp_path: Path, split: str) -> None:
+    mepave.write_sequences(SAMPLE / f"jdai.jave.fashion.{split}.sample", tmp_path)
+    expected = {path.name: path.read_bytes() for path in (SAMPLE / "expected" / split).iterdir()}
+    assert len(expected) == 4
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+@pytest.mark.shared_data
+@here
+def test_the_public_sample_becomes_ninety_products() -> None:
+    tally = Tally()
+    rows = products.build(SAMPLE, "mepave", products.Settings(kind="mepave"), tally)
+    asked = [attribute for row in rows for attribute in row["attributes"]]
+    assert len(rows) == 90
+    assert sum(bool(attribute["values"]) for attribute in asked) == 106
+    assert sum(len(attribute["evidences"]) for attribute in asked) == 109
+    assert not tally.counts
+
+
+def test_the_command_writes_the_four_files_and_fails_clearly(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(ROW, encoding="utf-8")
+    command = [sys.executable, "-m", "pipeline.mepave"]
+    done = subprocess.run(
+        [*command, tmp_path / "file", "--output", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"rows written": {"count": 1, "examples": []}}
+    done = subprocess.run(
+        [*command, tmp_path / "absent", "--output", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "absent" in done.stderr
