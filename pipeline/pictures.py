@@ -67,10 +67,10 @@ def inspect(data: bytes, *, max_pixels: int, min_px: int) -> Verdict:
 def decode(data: bytes) -> Image.Image:
     """The picture, mode RGB. For bytes that passed `inspect`; others raise what the decoder raises."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # of sizes (max_pixels decides) and of EXIF that cannot be read
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-    turn = UPRIGHT.get(_orientation(image))
+        turn = UPRIGHT.get(_orientation(image))
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     elif image.has_transparency_data:

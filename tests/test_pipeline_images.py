@@ -1,0 +1,472 @@
+import asyncio
+import hashlib
+import io
+import json
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aiohttp import web
+from PIL import Image, PngImagePlugin
+
+from pipeline import fetch, images, params, pictures, schema, shards
+
+PACKSHOTS = Path(__file__).parent.parent.parent / "shared/data/packshots"
+LIMITS = {"max_pixels": 1_000_000, "min_px": 16}
+
+
+def picture(width=80, height=60, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def flipped(data, *places):
+    changed = bytearray(data)
+    for place in places:
+        changed[place] ^= 0xFF
+    return bytes(changed)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = orientation
+    return encoded(picture(), "JPEG", exif=exif)
+
+
+def text_bomb():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "a" * (8 << 20), zip=True)
+    return encoded(picture(), "PNG", pnginfo=info)
+
+
+JPEG, PNG = encoded(picture(), "JPEG"), encoded(picture(), "PNG")
+GRADIENT = Image.fromarray((np.arange(4800).reshape(60, 80) * 13).astype(np.uint16))
+FRAMES = [picture(seed=seed).convert("P") for seed in range(3)]
+TABLE = {
+    "jpeg": (JPEG, "ok"),
+    "png": (PNG, "ok"),
+    "webp": (encoded(picture(), "WEBP"), "ok"),
+    "half a jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "half a png": (PNG[: len(PNG) // 2], "truncated"),
+    "half a webp": (encoded(picture(), "WEBP")[:400], "truncated"),
+    "half a gif": (encoded(FRAMES[0], "GIF")[:900], "truncated"),
+    "jpeg with flipped bytes in its header": (flipped(JPEG, *range(4, 60)), "corrupt"),
+    "jpeg with flipped bytes in its scan": (flipped(JPEG, 700, 701, 900), "ok"),  # a decoder hides them
+    "png with a flipped byte": (flipped(PNG, 200), "corrupt"),
+    "png with an unfolding text": (text_bomb(), "corrupt"),
+    "cmyk": (encoded(picture().convert("CMYK"), "JPEG"), "ok"),
+    "16 bits": (encoded(GRADIENT, "PNG"), "ok"),
+    "palette with alpha": (encoded(FRAMES[0], "PNG", transparency=3), "ok"),
+    "grey with alpha": (encoded(picture().convert("LA"), "PNG"), "ok"),
+    "exif turned": (turned(6), "ok"),
+    "broken exif": (encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"), "ok"),
+    "animated gif": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "ok"),
+    "nothing": (b"", "not_image"),
+    "text named .jpg": (b"<html>no such picture</html>", "not_image"),
+    "bmp": (encoded(picture(), "BMP"), "not_image"),
+    "9000 px png": (encoded(Image.new("1", (9000, 9000)), "PNG"), "too_many_pixels"),
+    "20000 px png": (encoded(Image.new("1", (20000, 20000)), "PNG"), "too_many_pixels"),
+    "one pixel": (encoded(picture(1, 1), "PNG"), "placeholder"),
+    "a line": (encoded(picture(300, 4), "PNG"), "placeholder"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_kind_of_bytes_has_its_verdict_and_what_is_ok_decodes(name):
+    data, status = TABLE[name]
+    verdict = pictures.inspect(data, **LIMITS)
+    assert verdict.status == status
+    assert verdict == pictures.inspect(data, **LIMITS)
+    assert (verdict.error is None) == (status == "ok")
+    if status == "ok":
+        decoded = pictures.decode(data)
+        assert decoded.mode == "RGB"
+        assert decoded.size == (verdict.width, verdict.height)
+
+
+def test_a_jpeg_cut_anywhere_never_raises():
+    verdicts = Counter(pictures.inspect(JPEG[:end], **LIMITS).status for end in range(0, len(JPEG), 37))
+    assert set(verdicts) == {"not_image", "truncated"}
+
+
+def test_a_turned_picture_stands_upright():
+    upright = np.asarray(picture())
+    for orientation, expected in (
+        (1, upright),
+        (3, upright[::-1, ::-1]),
+        (6, np.rot90(upright, -1)),
+        (8, np.rot90(upright)),
+    ):
+        stored = turned(orientation)
+        got = np.asarray(pictures.decode(stored)).astype(int)
+        plain = np.asarray(pictures.decode(turned(1))).astype(int)
+        turn = {1: plain, 3: plain[::-1, ::-1], 6: np.rot90(plain, -1), 8: np.rot90(plain)}[orientation]
+        np.testing.assert_array_equal(got, turn)
+        assert got.shape == expected.shape
+
+
+def test_sixteen_bits_are_scaled_and_transparent_parts_are_white():
+    grey = np.asarray(pictures.decode(TABLE["16 bits"][0]))[..., 0]
+    np.testing.assert_array_equal(grey, np.asarray(GRADIENT) >> 8)
+    glass = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    assert np.asarray(pictures.decode(encoded(glass, "PNG"))).min() == 255
+
+
+def test_an_animation_is_its_first_frame():
+    data = TABLE["animated gif"][0]
+    np.testing.assert_array_equal(np.asarray(pictures.decode(data)), np.asarray(FRAMES[0].convert("RGB")))
+
+
+# Local files
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """The function `stage(urls, **settings)` runs the stage on asin -> image names; rows by asin come back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SMARTAVE_STORE", raising=False)
+    (tmp_path / "pictures").mkdir()
+
+    def stage(urls, **settings):
+        products = [
+            {**dict.fromkeys(schema.PRODUCTS.names), "item": asin, "asin": asin, "image_urls": names}
+            for asin, names in urls.items()
+        ]
+        Path("data/toy").mkdir(parents=True, exist_ok=True)
+        schema.write_parquet(products, schema.PRODUCTS, Path("data/toy/products.parquet"))
+        output = shards.run(images.job("toy", images.Settings(**settings)))
+        return {row["asin"]: row for row in shards.ShardFolder(output).rows()}
+
+    return stage
+
+
+def test_local_files_and_every_way_they_fail_are_rows(corpus, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir()
+    (folder / "good.jpg").write_bytes(JPEG)
+    (folder / "sub/also.png").write_bytes(PNG)
+    (folder / "half.jpg").write_bytes(JPEG[:500])
+    (folder / "big.jpg").write_bytes(JPEG + bytes(1 << 20))
+    (tmp_path / "secret.jpg").write_bytes(JPEG)
+    (folder / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "in.jpg").symlink_to("good.jpg")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    cases = {
+        "B000000001": (["good.jpg", "half.jpg"], "ok"),
+        "B000000002": (["sub/also.png"], "ok"),
+        "B000000003": (["half.jpg"], "truncated"),
+        "B000000004": (["big.jpg"], "too_large"),
+        "B000000005": (["../secret.jpg"], "outside_base"),
+        "B000000006": ([str(tmp_path / "secret.jpg")], "outside_base"),
+        "B000000007": (["out.jpg"], "outside_base"),
+        "B000000008": (["in.jpg"], "ok"),
+        "B000000009": (["absent.jpg"], "missing"),
+        "B00000000A": (["sub"], "missing"),
+        "B00000000B": (["nul\0.jpg"], "missing"),
+        "B00000000C": (["x" * 5000], "missing"),
+        "B00000000D": (["circle.jpg"], "missing"),
+        "B00000000E": ([], "no_url"),
+        "B00000000F": (None, "no_url"),
+        "B00000000G": (["https://example.com/a.jpg"], "forbidden_host"),
+        "B00000000H": (["file:///etc/hostname"], "bad_url"),
+    }
+    urls = {asin: names for asin, (names, _) in cases.items()}
+    rows = corpus(dict(reversed(urls.items())), base="pictures", max_bytes=1 << 20, shard_size=5)
+    expected = {asin: status for asin, (_, status) in cases.items()}
+    assert {asin: row["status"] for asin, row in rows.items()} == expected
+    assert list(rows) == sorted(cases)
+    good = rows["B000000001"]
+    assert good["image"] == JPEG
+    assert good["sha256"] == hashlib.sha256(JPEG).hexdigest()
+    assert (good["width"], good["height"], good["error"], good["url"]) == (80, 60, None, "good.jpg")
+    assert all(row["image"] is None and row["error"] != "" for row in rows.values() if row["status"] != "ok")
+    counts = json.loads(Path("metrics/toy/images.json").read_text())
+    assert counts["rows"] == len(cases)
+    assert counts["status"]["outside_base"] == 3
+
+
+def test_several_items_of_one_product_give_one_row_with_the_first_picture_there_is(tmp_path):
+    items = [
+        ("s_3", "c_2", ["x.jpg"]),
+        ("s_2", "c_1", ["b.jpg"]),
+        ("s_1", "c_1", []),
+        ("s_4", "c_1", ["z.jpg"]),
+    ]
+    products = [
+        {**dict.fromkeys(schema.PRODUCTS.names), "item": item, "asin": asin, "image_urls": names}
+        for item, asin, names in items
+    ]
+    schema.write_parquet(products, schema.PRODUCTS, tmp_path / "products.parquet")
+    assert images.wanted(tmp_path / "products.parquet") == {"c_1": "b.jpg", "c_2": "x.jpg"}
+
+
+def test_a_picture_that_changed_under_its_name_is_read_again(corpus, tmp_path):
+    name = tmp_path / "pictures/a.jpg"
+    name.write_bytes(JPEG)
+    assert corpus({"B000000001": ["a.jpg"]}, base="pictures")["B000000001"]["image"] == JPEG
+    name.write_bytes(PNG)
+    assert corpus({"B000000001": ["a.jpg"]}, base="pictures")["B000000001"]["image"] == PNG
+
+
+def test_the_pin_of_a_folder_is_checked(corpus, tmp_path):
+    (tmp_path / "pictures/a.jpg").write_bytes(JPEG)
+    urls = {"B000000001": ["a.jpg"]}
+    with pytest.raises(ValueError, match=r"in pictures have the sha256 [0-9a-f]{64}.* is 0{64}") as wrong:
+        corpus(urls, base="pictures", base_sha256="0" * 64)
+    found = str(wrong.value).split("the sha256 ")[1][:64]
+    assert corpus(urls, base="pictures", base_sha256=found)["B000000001"]["status"] == "ok"
+
+
+def test_a_base_that_is_no_folder_and_products_that_are_not_there_are_errors(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"images\.base: nowhere is not a folder"):
+        corpus({"B000000001": ["a.jpg"]}, base="nowhere")
+    Path("data/toy/products.parquet").unlink()
+    with pytest.raises(ValueError, match=r"products\.parquet does not exist: run the products stage first"):
+        images.job("toy", images.Settings())
+
+
+def test_what_changes_no_byte_is_no_part_of_the_fingerprint(corpus):
+    corpus({"B000000001": []})
+    before = images.job("toy", images.Settings()).made_with()
+    assert images.job("toy", images.Settings(concurrency=1, timeout_s=1, attempts=1)).made_with() == before
+    assert images.job("toy", images.Settings(max_pixels=1)).made_with() != before
+    assert set(images.Settings.model_fields) > images.UNSEEN
+
+
+def test_a_wrong_setting_is_named_with_its_limit(tmp_path):
+    wrong = tmp_path / "images.json"
+    wrong.write_text(json.dumps({"shard_size": 0, "speed": 3}))
+    with pytest.raises(ValueError, match=r"(?s)shard_size must be .*got 0.*speed is not a setting"):
+        params.load(images.Settings, wrong)
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not PACKSHOTS.is_dir(), reason="../shared/data is not there")
+def test_real_pack_shots_are_kept_as_they_are(corpus):
+    names = sorted(path.name for path in (PACKSHOTS / "images").iterdir())[:12]
+    rows = corpus({name[:10]: [name] for name in names}, base=str(PACKSHOTS / "images"), shard_size=5)
+    assert len(rows) == 12
+    for name in names:
+        row = rows[name[:10]]
+        size = Image.open(PACKSHOTS / "images" / name).size
+        assert (row["status"], row["width"], row["height"]) == ("ok", *size)
+        assert row["image"] == (PACKSHOTS / "images" / name).read_bytes()
+
+
+# The network
+
+
+class Server:
+    """A loopback server in a thread; each path misbehaves in its own way, `hits` counts the requests."""
+
+    def __init__(self):
+        self.hits = Counter()
+        self.times = {}
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()))
+        self.thread.start()
+        assert self.ready.wait(10)
+
+    async def serve(self):
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self.answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.port = runner.addresses[0][1]
+        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
+        self.ready.set()
+        await self.over.wait()
+        await runner.cleanup()
+
+    def stop(self):
+        self.loop.call_soon_threadsafe(self.over.set)
+        self.thread.join(10)
+
+    @property
+    def host(self):
+        return f"127.0.0.1:{self.port}"
+
+    async def answer(self, request):
+        path = request.match_info["path"]
+        self.hits[path] += 1
+        self.times.setdefault(path, []).append(time.monotonic())
+        first = self.hits[path] == 1
+        jpeg = web.Response(body=JPEG, content_type="image/jpeg")
+        match path:
+            case "busy" if first:
+                return web.Response(status=429, headers={"Retry-After": "1"})
+            case "broken" if first:
+                return web.Response(status=500)
+            case "good" | "busy" | "broken":
+                return jpeg
+            case "always-busy":
+                return web.Response(status=429, headers={"Retry-After": "3600"})
+            case "down":
+                return web.Response(status=503)
+            case "gone":
+                return web.Response(status=410)
+            case "private":
+                return web.Response(status=403)
+            case "html":
+                return web.Response(text="<html>sorry</html>", content_type="text/html")
+            case "dot":
+                return web.Response(body=TABLE["one pixel"][0], content_type="image/png")
+            case "cut":
+                return await self.raw(request, b"Content-Length: 100000\r\n", JPEG[:500])
+            case "cut-unsaid":
+                return await self.raw(request, b"", JPEG[:500])
+            case "huge":
+                return web.Response(body=bytes(300_000))
+            case "endless":
+                response = web.StreamResponse()
+                await response.prepare(request)
+                for _ in range(1000):
+                    await response.write(bytes(10_000))
+                return response
+            case "slow":
+                await asyncio.sleep(5)
+                return jpeg
+            case "away":
+                return web.Response(status=302, headers={"Location": "http://127.0.0.1:1/x.jpg"})
+            case "file":
+                return web.Response(status=302, headers={"Location": "file:///etc/hostname"})
+            case "there":
+                return web.Response(status=301, headers={"Location": "/good"})
+            case "round":
+                return web.Response(status=302, headers={"Location": "/round"})
+            case "zip":
+                return web.Response(body=b"\x1f\x8b" + bytes(50), headers={"Content-Encoding": "gzip"})
+        return web.Response(status=404)
+
+    async def raw(self, request, header, body):
+        request.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + header + b"\r\n" + body)
+        request.transport.close()
+        return web.Response()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.stop()
+
+
+def fetched(urls, hosts, **options):
+    options = {"concurrency": 8, "max_bytes": 100_000, "timeout_s": 2.0, "attempts": 2, **options}
+
+    async def all_of_them():
+        client = fetch.Client(hosts, **options)
+        try:
+            return await client.fetch_all(urls)
+        finally:
+            await client.session.close()
+
+    return asyncio.run(all_of_them())
+
+
+def test_every_way_a_server_answers_is_a_row_with_its_reason(corpus, server):
+    expected = {
+        "good": "ok",
+        "there": "ok",
+        "busy": "ok",
+        "broken": "ok",
+        "nothing": "not_found",
+        "gone": "not_found",
+        "private": "refused",
+        "round": "refused",
+        "html": "not_image",
+        "zip": "not_image",
+        "dot": "placeholder",
+        "cut": "truncated",
+        "cut-unsaid": "truncated",
+        "huge": "too_large",
+        "endless": "too_large",
+        "away": "forbidden_host",
+        "file": "forbidden_host",
+        "down": "transient",
+        "always-busy": "transient",
+    }
+    asins = {f"B{number:09d}": path for number, path in enumerate(expected)}
+    urls = {asin: [f"http://{server.host}/{path}"] for asin, path in asins.items()}
+    settings = {"hosts": [server.host], "attempts": 2, "max_bytes": 100_000, "shard_size": 7, "timeout_s": 10}
+    rows = corpus(urls, max_transient=0.2, **settings)
+    assert {asins[asin]: row["status"] for asin, row in rows.items()} == expected
+    assert rows["B000000000"]["image"] == JPEG
+    assert rows["B000000000"]["url"].endswith("/good")
+    assert server.times["busy"][1] - server.times["busy"][0] >= 1, "Retry-After was not honoured"
+    assert server.hits["always-busy"] == 1
+    assert server.hits["down"] == server.hits["cut"] == 2
+    for path in ("nothing", "gone", "private", "html", "dot", "huge"):
+        assert server.hits[path] == 1, path
+    with pytest.raises(ValueError, match=r"2 of 19 rows failed for now.*images\.max_transient"):
+        corpus(urls, **settings)
+    assert server.hits["good"] == 2, "a finished shard was fetched again"  # itself and the redirect
+    assert server.hits["down"] > 2
+
+
+def test_a_server_that_is_too_slow_costs_its_deadline_and_no_more(server):
+    started = time.monotonic()
+    (answer,) = fetched([f"http://{server.host}/slow"], [server.host], timeout_s=0.3, attempts=1)
+    assert answer == fetch.Fetched("transient", "no answer within 0.3 s")
+    assert time.monotonic() - started < 2
+
+
+def test_a_closed_port_may_work_another_time():
+    (answer,) = fetched(["http://127.0.0.1:9/a.jpg"], ["127.0.0.1:9"], attempts=1)
+    assert answer.status == "transient"
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "why"),
+    [
+        ("http://example.com/a.jpg", "forbidden_host", "https only"),
+        ("ftp://example.com/a.jpg", "forbidden_host", "https only"),
+        ("file:///etc/hostname", "bad_url", "no host"),
+        ("a.jpg", "bad_url", "no host"),
+        ("https://[::1/a.jpg", "bad_url", ""),
+        ("https://other.com/a.jpg", "forbidden_host", "other.com:443 is not in images.hosts"),
+        ("https://example.com:8443/a.jpg", "forbidden_host", "example.com:8443 is not in"),
+        ("https://example.com.evil.com/a.jpg", "forbidden_host", "is not in images.hosts"),
+        ("https://user@example.com/a.jpg", "forbidden_host", "a URL with a user name"),
+        ("https://example.com@evil.com/a.jpg", "forbidden_host", "a URL with a user name"),
+        ("https://127.0.0.1/a.jpg", "forbidden_host", "127.0.0.1 is not a public address"),
+        ("https://169.254.169.254/a.jpg", "forbidden_host", "not in images.hosts"),
+        ("https://[::1]/a.jpg", "forbidden_host", "not in images.hosts"),
+        ("https://localhost/a.jpg", "forbidden_host", "localhost has no public address"),
+    ],
+)
+def test_only_allowed_hosts_at_public_addresses_are_asked(url, status, why):
+    (answer,) = fetched([url], ["example.com", "127.0.0.1", "localhost"])
+    assert answer.status == status
+    assert why in answer.error
+
+
+def test_a_name_with_its_port_may_be_a_machine_of_ones_own(server):
+    named = f"localhost:{server.port}"
+    (answer,) = fetched([f"http://{named}/good"], [named])
+    assert (answer.status, answer.data) == ("ok", JPEG)
+
+
+def test_connections_are_kept_and_answers_stand_in_the_order_of_the_questions(server):
+    urls = [f"http://{server.host}/{path}" for path in ("broken", "good", "nothing", "dot")]
+    answers = fetched(urls, [server.host])
+    assert [answer.status for answer in answers] == ["ok", "ok", "not_found", "ok"]
+    assert answers[3].data == TABLE["one pixel"][0]
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, None), ("7", 7.0), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
+)
+def test_retry_after_is_seconds_or_a_date(header, seconds):
+    assert fetch._after_s(header) == seconds
