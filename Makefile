@@ -44,8 +44,8 @@ soak: $(READY) ## the long fault sweeps
 serve: $(READY) ## Prefect server and deployments, until Ctrl-C
 	python -m pipeline.flows
 
-lock: $(READY) ## pin requirements.in anew, with hashes
-	uv pip compile --quiet --upgrade --generate-hashes --no-header --no-annotate \
+lock: $(READY) ## pin what requirements.in adds; UPGRADE=--upgrade pins all of it anew
+	uv pip compile --quiet $(UPGRADE) --generate-hashes --no-header --no-annotate \
 	  --python-version 3.11 --output-file requirements.lock requirements.in
 
 clean: ## remove what runs made; packages, finished shards and DVC's cache stay
