@@ -11,10 +11,12 @@ Boxes are (x1, y1, x2, y2).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet101
@@ -226,8 +228,29 @@ def untrained(variant: str, *, seed: int) -> Detector:
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(detector.rpn.head.bbox_pred.weight, std=1e-4)  # proposals stay near their anchors
-    detector.stem[0].weight /= PIXEL_STD
-    for stage in (detector.res2, detector.res3, detector.res4, detector.res5):
-        for block in stage:
-            block.bn3.weight.fill_(len(stage) ** -0.5)
+        detector.get_parameter("stem.0.weight").div_(PIXEL_STD)
+        for stage, blocks in (("res2", 3), ("res3", 4), ("res4", 23), ("res5", 3)):
+            for block in range(blocks):
+                detector.get_buffer(f"{stage}.{block}.bn3.weight").fill_(blocks**-0.5)
+    return detector
+
+
+def read_weights(path: Path, variant: str) -> dict[str, Tensor]:
+    """The parameters that `features.convert` wrote; `ValueError` when they are of the other variant."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("variant")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"regions.weights: {path} cannot be read: {error}") from error
+    if found != variant:
+        raise ValueError(f"regions.variant is {variant}, but regions.weights {path} are of variant {found}")
+    return state
+
+
+def load(path: Path, variant: str) -> Detector:
+    """A trained detector from what `features.convert` wrote. Raises `ValueError` for anything else."""
+    state = read_weights(path, variant)
+    detector = Detector(variant, num_classes=len(state["predictor.bbox_pred.weight"]) // 4)
+    detector.load_state_dict(state)
     return detector

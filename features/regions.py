@@ -20,6 +20,9 @@ from pipeline import params, pictures, schema, shards
 if TYPE_CHECKING:
     import numpy as np
 
+    from features.detector import Detector
+    from features.detectron import Detectron
+
 RANDOM = "random"
 WIDTHS = {"c4": 2048, "fpn": 1024}
 NO_REGIONS: dict[str, Any] = {"boxes": [], "scores": [], "num_regions": 0, "features": None, "grid": None}
@@ -46,7 +49,8 @@ class Settings(params.Settings):
             raise ValueError("backend detectron2 needs weights, and they are random")
         if self.weights != RANDOM and not self.weights.endswith(".safetensors"):
             raise ValueError(
-                f"weights must be {RANDOM} or a .safetensors file (features.convert makes one), got {self.weights!r}"
+                f"weights must be {RANDOM} or a .safetensors file (features.convert makes one), "
+                f"got {self.weights!r}"
             )
         return self
 
@@ -55,22 +59,26 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
     """A function from rows `asin, status, image` to rows of `schema.REGIONS`."""
     import torch
 
-    from features import detector
-
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("regions.device is cuda, and torch sees no GPU")
     torch.set_num_threads(settings.threads)
-    if settings.weights == RANDOM:
-        model = detector.untrained(settings.variant, seed=settings.seed)
-    else:
-        model = detector.load(Path(settings.weights), settings.variant, backend=settings.backend)
-    model.to(settings.device)
+    model = open_detector(settings)
 
     def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
         for row in rows:
             yield {"asin": row["asin"], **_detect(model, row, settings)}
 
     return process
+
+
+def open_detector(settings: Settings) -> "Detector | Detectron":
+    from features import detector, detectron
+
+    if settings.weights == RANDOM:
+        return detector.untrained(settings.variant, seed=settings.seed).to(settings.device)
+    if settings.backend == "detectron2":
+        return detectron.Detectron(Path(settings.weights), settings.variant).to(settings.device)
+    return detector.load(Path(settings.weights), settings.variant).to(settings.device)
 
 
 def _detect(model: Callable[..., Any], row: dict[str, Any], settings: Settings) -> dict[str, Any]:
