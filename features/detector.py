@@ -149,8 +149,8 @@ class Detector(nn.Module):
         boxes = torch.cat([boxes[:max_boxes], boxes.new_tensor([[0, 0, width, height]])])
         scores = torch.cat([scores[:max_boxes], scores.new_ones(1)])
         features, grid = self._features(levels, boxes)
-        boxes = boxes * boxes.new_tensor([pixels.shape[1] / width, pixels.shape[0] / height] * 2)
-        return Regions(*(part.cpu().numpy() for part in (boxes, scores, features, grid)))
+        parts = (rescaled(boxes, resized, pixels), scores, features, grid)
+        return Regions(*(part.cpu().numpy() for part in parts))
 
     def _levels(self, image: Tensor) -> list[Tensor]:
         """c4: res4, (1, 1024, H/16, W/16). fpn: five of (1, 256, h, w) at strides 4 to 64, then res5."""
@@ -203,6 +203,14 @@ def resize(pixels: np.ndarray, *, short_side_px: int, long_side_px: int) -> np.n
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
+def rescaled(boxes: Tensor, seen: np.ndarray, pixels: np.ndarray) -> Tensor:
+    """Boxes in pixels of `pixels` instead of those of the resized `seen`, none outside by a rounding error."""
+    height, width = pixels.shape[:2]
+    scaled = boxes * boxes.new_tensor([width / seen.shape[1], height / seen.shape[0]] * 2)
+    scaled[-1] = scaled.new_tensor([0, 0, width, height])  # the whole picture, exactly
+    return clip_boxes_to_image(scaled, (height, width))
+
+
 def pyramid_level(boxes: Tensor) -> Tensor:
     """(R,) int64 in 0..3: a box of 224 x 224 px goes to level 2 (stride 16), twice the side one level up."""
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
@@ -227,6 +235,7 @@ def untrained(variant: str, *, seed: int) -> Detector:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.normal_(detector.rpn.head.cls_logits.weight, std=1e-3)  # far from where the sigmoid is 1
         nn.init.normal_(detector.rpn.head.bbox_pred.weight, std=1e-4)  # proposals stay near their anchors
         detector.get_parameter("stem.0.weight").div_(PIXEL_STD)
         for stage, blocks in (("res2", 3), ("res3", 4), ("res4", 23), ("res5", 3)):

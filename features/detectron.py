@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from features.convert import renamed
-from features.detector import Regions, read_weights, resize
+from features.detector import Regions, read_weights, rescaled, resize
 
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
@@ -72,5 +72,5 @@ class Detectron:
             crops = heads.box_pooler([levels[name] for name in heads.box_in_features], [Boxes(boxes)])
             res5 = self.model.backbone.bottom_up(images.tensor)["res5"]
             features, grid = heads.box_head(crops), F.adaptive_avg_pool2d(res5, 7)[0]
-        boxes = boxes * boxes.new_tensor([pixels.shape[1] / width, pixels.shape[0] / height] * 2)
-        return Regions(*(part.cpu().numpy() for part in (boxes, scores, features, grid.flatten(1).T)))
+        parts = (rescaled(boxes, resized, pixels), scores, features, grid.flatten(1).T)
+        return Regions(*(part.cpu().numpy() for part in parts))
