@@ -138,12 +138,16 @@ def _roots(folder: Path, wanted: Iterable[str], tally: Tally) -> dict[str, tuple
     roots: dict[str, tuple[str, list[str]]] = {}
     for path in files:
         name = path.name.split(".")[0].replace("_", " ")
-        unused = Tally()
-        for record in mave.records([path], wanted, unused):
+        here = Tally()
+        for record in mave.records([path], wanted, here):
             asin = record.metadata["asin"]
             if asin in roots:
                 tally.add("asin in several roots", f"{path.name}: {asin}")
             roots.setdefault(asin, (name, image_urls(record.metadata)))
+        for reason in sorted(here.counts.keys() - {"no metadata", "metadata without label"}):
+            tally.add(
+                f"roots: {reason}", *here.examples.get(reason, [path.name])[:1], count=here.counts[reason]
+            )
     return roots
 
 

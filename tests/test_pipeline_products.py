@@ -1,0 +1,435 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import SHARED_DATA
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import products, schema
+from pipeline.products import Settings
+from pipeline.split import Split, assign
+from pipeline.tally import Tally
+
+REAL = {  # labels, metadata, products and questions
+    "packshots": ("packshots/labels.jsonl", "packshots/metadata.jsonl", 83, 225),
+    "text_poor": ("packshots/labels_text_poor.jsonl", "packshots/metadata_text_poor.jsonl", 83, 225),
+    "implicit_home": ("implicit_home/labels.jsonl", "implicit_home/metadata.jsonl", 457, 457),
+    "titles": ("titles/titles.jsonl", None, 6000, 6000),
+    "offers": ("titles/offers.jsonl", None, 1066, 16439),
+}
+TEXT = ("Red mug by Acme", "title")
+
+
+def span(value: str, pid: int, begin: int) -> dict[str, Any]:
+    return {"value": value, "pid": pid, "begin": begin, "end": begin + len(value)}
+
+
+def attribute(key: str, *spans: Any, **more: Any) -> dict[str, Any]:
+    return {"key": key, "evidences": list(spans), **more}
+
+
+def source(folder: Path, *labels: Any, metadata: Any = (), roots: dict[str, list[Any]] | None = None) -> Path:
+    """A source folder; every element of `labels` is a line, or bytes, or a list of lines of one more file."""
+    files = {"labels/00.jsonl": [label for label in labels if not isinstance(label, list)]}
+    files |= {
+        f"labels/0{i}.jsonl": lines for i, lines in enumerate(labels, start=1) if isinstance(lines, list)
+    }
+    files["metadata/00.jsonl"] = list(metadata)
+    files |= {f"roots/{root}.json": rows for root, rows in (roots or {}).items()}
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        (folder / name).write_bytes(b"\n".join(lines))
+    return folder
+
+
+def label(
+    *attributes: Any, asin: str = "B000000001", paragraphs: Any = (TEXT,), **more: Any
+) -> dict[str, Any]:
+    given = [{"text": text, "source": name} for text, name in paragraphs] if paragraphs else None
+    row = {"id": asin, "category": "Mugs", "attributes": list(attributes), **more}
+    return {**row, "paragraphs": given} if given else row
+
+
+def built(folder: Path, *labels: Any, **settings: Any) -> tuple[list[dict[str, Any]], Tally]:
+    tally = Tally()
+    return products.build(source(folder, *labels), "mine", Settings(kind="mave", **settings), tally), tally
+
+
+RED = attribute("Color", span("Red", 0, 0))
+
+
+def test_a_row_has_everything_the_contract_names(tmp_path: Path) -> None:
+    metadata = {
+        "asin": "B000000001",
+        "title": "Red mug",
+        "brand": "Acme",
+        "main_cat": "Toys &amp; Games",
+        "imageURLHighRes": ["a.jpg", ""],
+        "imageURL": ["small.jpg"],
+    }
+    tally = Tally()
+    folder = source(tmp_path, label(RED, attribute("Size"), paragraphs=None), metadata=[metadata])
+    rows = products.build(folder, "mine", Settings(kind="mave"), tally)
+    assert rows == [
+        {
+            "item": "B000000001",
+            "asin": "B000000001",
+            "corpus": "mine",
+            "root_category": "Toys and Games",
+            "category": "Mugs",
+            "title": "Red mug",
+            "paragraphs": [{"text": "Red mug", "source": "title"}],
+            "image_urls": ["a.jpg"],
+            "attributes": [
+                {
+                    "key": "Color",
+                    "values": ["Red"],
+                    "origins": ["text"],
+                    "evidences": [{"value": "Red", "paragraph": 0, "begin": 0, "end": 3}],
+                    "split": rows[0]["split"],
+                },
+                {"key": "Size", "values": [], "origins": [], "evidences": [], "split": rows[0]["split"]},
+            ],
+            "split": rows[0]["split"],
+        }
+    ]
+    schema.write_parquet(rows, schema.PRODUCTS, tmp_path / "p.parquet")
+    assert pq.read_table(tmp_path / "p.parquet").to_pylist() == rows
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"id": "B0000', "malformed line"),
+        ({"category": "Mugs"}, "label without id or attributes"),
+        (label(RED, asin="b000000001"), "id is not an asin"),
+        (label(RED, asin="B0000000012"), "id is not an asin"),
+        (label(RED, asin="B00000000\n"), "id is not an asin"),
+        (label(RED, asin="B000000002", paragraphs=None), "no metadata"),
+        (label(RED, asin="B000000002", paragraphs=[("x", "feature")]), "no title"),
+        (label(RED, asin="B000000002", paragraphs=[("  ", "title")]), "no title"),
+        (
+            {**label(RED, asin="B000000002"), "paragraphs": ["x"]},
+            "paragraphs are not a list of text and source",
+        ),
+        (label(asin="B000000002"), "no attribute left"),
+        (label(RED), "repeated label"),
+    ],
+)
+def test_a_bad_label_line_is_counted_with_its_place(tmp_path: Path, bad: Any, reason: str) -> None:
+    rows, tally = built(tmp_path, label(RED), bad)
+    assert [row["item"] for row in rows] == ["B000000001"]
+    assert tally.counts[reason] == 1
+    assert tally.examples[reason] in (["00.jsonl:2"], ["B000000002"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (attribute("Brand", span("Acme", 1, 11)), "span: pid out of range"),
+        (attribute("Brand", span("Acme", -1, 11)), "span: pid out of range"),
+        (attribute("Brand", {"value": "Acme", "pid": 0, "begin": 11, "end": 99}), "span: out of range"),
+        (attribute("Brand", {"value": "", "pid": 0, "begin": 3, "end": 3}), "span: out of range"),
+        (attribute("Brand", span("Acme", 0, 10)), "span: text differs"),
+        (attribute("Brand", {"value": "Acme", "pid": 0, "begin": "11", "end": 15}), "span: not a span"),
+        (attribute("Brand", {"value": "Acme", "pid": False, "begin": 11, "end": 15}), "span: not a span"),
+        (attribute("Brand", "Acme"), "span: not a span"),
+        ({"key": "Brand", "evidences": {"value": "Acme"}}, "span: not a span"),
+        ({"evidences": []}, "attribute without key"),
+        ("Brand", "attribute without key"),
+        (attribute("Brand", values=["Acme", 3]), "values are not a list of texts"),
+        (attribute("Brand", values="Acme"), "values are not a list of texts"),
+        (attribute("Brand", values=["Acme"], origins=["seen"]), "origins do not fit the values"),
+        (attribute("Brand", values=["Acme"], origins=[]), "origins do not fit the values"),
+    ],
+)
+def test_a_bad_attribute_is_dropped_and_counted_and_never_a_negative(
+    tmp_path: Path, bad: Any, reason: str
+) -> None:
+    rows, tally = built(tmp_path, label(RED, bad))
+    assert [found["key"] for found in rows[0]["attributes"]] == ["Color"]
+    assert tally.counts[reason] == 1
+    if reason.startswith("span"):
+        assert tally.examples["attribute without a valid span"] == ["B000000001: Brand"]
+
+
+def test_an_attribute_with_one_good_span_or_with_values_survives_a_bad_one(tmp_path: Path) -> None:
+    rows, tally = built(
+        tmp_path,
+        label(
+            attribute("Color", span("Red", 0, 1), span("Red", 0, 0)),
+            attribute("Brand", span("Acme", 5, 0), values=["Acme"]),
+        ),
+    )
+    color, brand = rows[0]["attributes"]
+    assert [one["begin"] for one in color["evidences"]] == [0]
+    assert (brand["values"], brand["origins"], brand["evidences"]) == (["Acme"], ["text"], [])
+    assert "attribute without a valid span" not in tally.counts
+
+
+@given(
+    st.text(max_size=12), st.integers(-2, 14), st.integers(-2, 14), st.integers(-1, 2), st.text(max_size=4)
+)
+def test_a_span_is_faultless_exactly_if_it_is_the_text_between_its_ends(
+    text: str, begin: int, end: int, pid: int, other: str
+) -> None:
+    cut = text[begin:end] if 0 <= begin <= end else ""
+    for value in (cut, other):
+        found = products.fault({"value": value, "pid": pid, "begin": begin, "end": end}, [text])
+        holds = pid == 0 and 0 <= begin < end <= len(text) and text[begin:end] == value
+        assert (found is None) == holds
+
+
+def test_nothing_left_is_an_error_that_tells_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no product is left \(id is not an asin: 1, malformed line: 1\)"):
+        built(tmp_path, label(RED, asin="wrong"), b"{")
+    with pytest.raises(ValueError, match=r"no product is left \(the files are empty\)"):
+        built(tmp_path / "empty")
+
+
+# Merging, leaks, origins
+
+
+def test_positives_and_negatives_of_a_product_are_united(tmp_path: Path) -> None:
+    rows, tally = built(
+        tmp_path,
+        label(RED, attribute("Brand", span("Acme", 0, 11))),
+        [label(attribute("Size"), attribute("Brand"), category="Cups")],
+    )
+    assert [(found["key"], found["values"]) for found in rows[0]["attributes"]] == [
+        ("Color", ["Red"]),
+        ("Brand", ["Acme"]),
+        ("Size", []),
+    ]
+    assert tally.examples["two categories of one product"] == ["02.jsonl:1"]
+    assert tally.counts["asked twice, as positive and negative or twice negative"] == 1
+
+
+def test_a_leaking_source_goes_with_its_spans_and_the_others_are_renumbered(tmp_path: Path) -> None:
+    paragraphs = [TEXT, ("Acme", "brand"), ("big", "feature"), ("Acme", "brand")]
+    rows, tally = built(
+        tmp_path,
+        label(
+            attribute("Brand", span("Acme", 0, 11), span("Acme", 1, 0)),
+            attribute("Size", span("big", 2, 0)),
+            attribute("Maker", span("Acme", 1, 0)),
+            attribute("Logo", span("Acme", 3, 0), values=["star"], origins=["printed"]),
+            paragraphs=paragraphs,
+        ),
+    )
+    assert [paragraph["source"] for paragraph in rows[0]["paragraphs"]] == ["title", "feature"]
+    brand, size, logo = rows[0]["attributes"]
+    assert [(one["paragraph"], one["begin"]) for one in brand["evidences"]] == [(0, 11)]
+    assert size["evidences"][0]["paragraph"] == 1
+    assert (logo["key"], logo["values"], logo["origins"]) == ("Logo", ["star"], ["printed"])
+    assert tally.counts["span: in a dropped source"] == 3
+    assert tally.examples["attribute only in a dropped source"] == ["B000000001: Maker"]
+
+
+def test_no_source_is_dropped_when_none_is_named(tmp_path: Path) -> None:
+    found = label(attribute("Brand", span("Acme", 1, 0)), paragraphs=[TEXT, ("Acme", "brand")])
+    rows, _ = built(tmp_path, found, drop_sources=[])
+    assert rows[0]["attributes"][0]["evidences"][0]["paragraph"] == 1
+
+
+def test_values_get_their_origin_from_the_label_else_from_the_text(tmp_path: Path) -> None:
+    rows, _ = built(
+        tmp_path,
+        label(
+            attribute("A", span("Red", 0, 0), values=["red", "blue"]),
+            attribute("B", span("Acme", 0, 11)),
+            attribute("C", values=["ACME", "cm"]),
+            attribute("D", span("mug", 0, 4), values=["mug", "round"], origins=["several", "visible"]),
+            attribute("E", values=["gone"], origins=["text"]),
+        ),
+    )
+    assert {a["key"]: dict(zip(a["values"], a["origins"], strict=True)) for a in rows[0]["attributes"]} == {
+        "A": {"red": "text", "blue": "unknown"},
+        "B": {"Acme": "text"},
+        "C": {"ACME": "text", "cm": "unknown"},
+        "D": {"mug": "several", "round": "visible"},
+        "E": {"gone": "unknown"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("metadata", "urls"),
+    [
+        ({"imageURLHighRes": ["h"], "imageURL": ["t"], "image": ["o"]}, ["h"]),
+        ({"imageURLHighRes": [], "imageURL": ["t"]}, ["t"]),
+        ({"image": ["o", "p"]}, ["o", "p"]),
+        ({"image": "o"}, ["o"]),
+        ({"imageURLHighRes": [None, " ", 3]}, []),
+        ({}, []),
+    ],
+)
+def test_image_urls_come_from_the_best_key_there_is(metadata: dict[str, Any], urls: list[str]) -> None:
+    assert products.image_urls(metadata) == urls
+
+
+@pytest.mark.parametrize(
+    ("main_cat", "root"),
+    [
+        ("Toys &amp; Games", "Toys and Games"),
+        ('<img src="x" alt="Digital Music"/>', "Digital Music"),
+        ("Home & Kitchen", "Home and Kitchen"),
+        (None, ""),
+    ],
+)
+def test_the_root_is_the_main_category_in_plain_words(main_cat: Any, root: str) -> None:
+    assert products.root_category({"main_cat": main_cat}) == root
+
+
+# Sampling and splitting
+
+
+def many(number: int) -> list[dict[str, Any]]:
+    return [label(RED, attribute("Size"), asin=f"B{i:09d}", paragraphs=None) for i in range(number)]
+
+
+def lines(number: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"asin": f"B{i:09d}", "title": "Red mug", "imageURL": ["x"], **more} for i in range(number)]
+
+
+def test_roots_give_root_and_images_and_products_of_none_are_counted(tmp_path: Path) -> None:
+    roots = {"Toys_and_Games": lines(3, imageURL=["toy"]), "All_Beauty": lines(2, imageURL=["beauty"])}
+    tally = Tally()
+    folder = source(tmp_path, *many(4), metadata=lines(4), roots=roots)
+    rows = products.build(folder, "mine", Settings(kind="mave"), tally)
+    assert [(row["root_category"], row["image_urls"]) for row in rows] == [
+        ("All Beauty", ["beauty"]),
+        ("All Beauty", ["beauty"]),
+        ("Toys and Games", ["toy"]),
+    ]
+    assert tally.counts["asin in several roots"] == 2
+    assert tally.examples["in no root"] == ["B000000003"]
+
+
+def test_products_per_root_takes_the_same_ones_in_any_order(tmp_path: Path) -> None:
+    settings = Settings(kind="mave", products_per_root=7)
+    chosen = []
+    for name, order in (("a", 1), ("b", -1)):
+        metadata = lines(30, main_cat="A")[::order] + [
+            {**row, "asin": f"C{i:09d}", "main_cat": "B"} for i, row in enumerate(lines(3))
+        ]
+        labels = [*many(30), *({**row, "id": f"C{i:09d}"} for i, row in enumerate(many(3)))]
+        folder = source(tmp_path / name, *labels[::order], metadata=metadata)
+        chosen.append(products.build(folder, "mine", settings, Tally()))
+    assert chosen[0] == chosen[1]
+    assert Counter(row["root_category"] for row in chosen[0]) == {"A": 7, "B": 3}
+
+
+def test_products_without_image_or_positive_are_not_sampled(tmp_path: Path) -> None:
+    labels = [*many(2), label(attribute("Size"), asin="B000000002", paragraphs=None)]
+    metadata = [lines(1)[0], {**lines(2)[1], "imageURL": []}, {**lines(3)[2]}]
+    folder = source(tmp_path, *labels, metadata=metadata)
+    rows = products.build(folder, "mine", Settings(kind="mave", products_per_root=5), Tally())
+    assert [row["item"] for row in rows] == ["B000000000"]
+
+
+def test_a_split_by_product_has_exact_sizes_and_does_not_know_the_order() -> None:
+    keys = [f"B{i:09d}" for i in range(240)]
+    settings = Split(fractions=(0.6, 0.1, 0.3), seed=3)
+    split = assign(keys, settings)
+    assert Counter(split.values()) == {"train": 144, "validation": 24, "test": 72}
+    assert assign([*reversed(keys), *keys], settings) == split
+    assert assign(keys, Split(fractions=(0.6, 0.1, 0.3), seed=4)) != split
+
+
+def test_a_split_by_instance_leaves_the_products_own_split_empty(tmp_path: Path) -> None:
+    folder = source(tmp_path, *many(50), metadata=lines(50))
+    rows = products.build(folder, "mine", Settings(kind="mave", split=Split(by="instance")), Tally())
+    assert {row["split"] for row in rows} == {None}
+    assert Counter(one["split"] for row in rows for one in row["attributes"]) == {
+        "train": 80,
+        "validation": 10,
+        "test": 10,
+    }
+    assert any(len({one["split"] for one in row["attributes"]}) == 2 for row in rows)
+
+
+def test_folds_share_out_the_test_split_and_every_product_is_tested_once() -> None:
+    keys = [f"B{i:09d}" for i in range(53)]
+    tested: list[str] = []
+    for fold in range(5):
+        split = assign(keys, Split(fractions=(0.8, 0.2, 0.0), folds=5, fold=fold))
+        tested += [key for key in keys if split[key] == "test"]
+        assert Counter(split.values())["validation"] in (8, 9)
+    assert sorted(tested) == keys
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fractions": (0.5, 0.1, 0.1)}, "must add up to 1, got 0.7"),
+        ({"folds": 5, "fold": 5}, r"fold must be below folds \(5\), got 5"),
+        ({"fractions": (0.0, 0.5, 0.5), "folds": 3}, "share of train must be above 0"),
+    ],
+)
+def test_a_split_that_cannot_be_is_an_error(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Split(**given)
+
+
+def test_a_given_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the files of this corpus carry no split"):
+        built(tmp_path, label(RED), split=Split(by="given"))
+
+
+# The stage, and real data
+
+
+def test_the_stage_writes_the_same_bytes_again_and_counts_into_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config/mine").mkdir(parents=True)
+    (tmp_path / "config/mine/products.json").write_text('{"kind": "mave"}')
+    source(tmp_path / "data/mine/source", *many(10), b"{", metadata=lines(10))
+    written = []
+    for _ in range(2):
+        products.run("mine")
+        written.append(Path("data/mine/products.parquet").read_bytes())
+    assert written[0] == written[1]
+    metrics = json.loads(Path("metrics/mine/products.json").read_text())
+    assert (metrics["products"], metrics["questions"]) == (10, 20)
+    assert metrics["splits"]["train"]["values"] == {"text": 8}
+    assert metrics["counted"]["malformed line"] == {"count": 1, "examples": ["00.jsonl:11"]}
+    assert sorted(path.name for path in Path("data/mine").iterdir()) == ["products.parquet", "source"]
+
+
+def test_an_unknown_corpus_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"config/nowhere/products\.json does not exist"):
+        products.run("nowhere")
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not there")
+@pytest.mark.parametrize("name", REAL)
+def test_real_corpora_come_through_without_losing_a_product(tmp_path: Path, name: str) -> None:
+    labels, metadata, num_products, num_questions = REAL[name]
+    for kind, file in (("labels", labels), ("metadata", metadata)):
+        (tmp_path / kind).mkdir()
+        if file is not None:
+            (tmp_path / kind / "00.jsonl").symlink_to((SHARED_DATA / file).resolve())
+    tally = Tally()
+    rows = products.build(tmp_path, name, Settings(kind="mave"), tally)
+    assert len(rows) == num_products
+    assert sum(len(row["attributes"]) for row in rows) == num_questions
+    for row in rows:
+        assert all(paragraph["source"] != "brand" for paragraph in row["paragraphs"])
+        for found in row["attributes"]:
+            assert len(found["values"]) == len(found["origins"])
+            for one in found["evidences"]:
+                text = row["paragraphs"][one["paragraph"]]["text"]
+                assert text[one["begin"] : one["end"]] == one["value"]
+    assert set(tally.counts) <= {"span: in a dropped source"}
