@@ -146,6 +146,8 @@ class Download:
         status = response.status
         if status in TRANSIENT:
             raise Transient(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+        if status == 416 and response.headers.get("Content-Range") == f"bytes */{partial.offset}":
+            return  # all of it was here; the pin decides
         if status == 416:
             partial.restart()
             raise Transient("HTTP 416: the partial file does not fit")

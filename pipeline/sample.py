@@ -135,7 +135,7 @@ OPENERS = ("Daily", "Family", "Everyday", "Favorite", "Classic")
 DISTRACTED = 0.2  # share of questions whose text also names a value that is not the product's
 RGB = {
     "red": (214, 24, 30),
-    "green": (22, 150, 58),
+    "green": (20, 176, 60),
     "blue": (28, 62, 206),
     "yellow": (250, 214, 10),
     "black": (24, 24, 26),
@@ -165,9 +165,9 @@ def generate(settings: Settings, folder: Path) -> None:
 
     Raises `ValueError` when a split is too small to be judged (see `Settings.min_test_values`).
     """
-    rng = random.Random(settings.seed)
-    products = _products(settings.products, rng)
-    _check_test_values(products, settings)
+    products = draw_products(settings)
+    rng = random.Random(settings.seed + 1)
+    check_test_values(products, settings)
     for name in ("labels", "metadata", "images"):
         (folder / name).mkdir(parents=True)
     for product in products:
@@ -182,7 +182,9 @@ def generate(settings: Settings, folder: Path) -> None:
 # What is true of the products
 
 
-def _products(number: int, rng: random.Random) -> list[Drawn]:
+def draw_products(settings: Settings) -> list[Drawn]:
+    """Products with their answers; texts and pictures come later."""
+    number, rng = settings.products, random.Random(settings.seed)
     categories = _deck(list(CATEGORIES), number, rng)
     products = [Drawn(_asin(rng), category) for category in categories]
     pictures = ["broken", "missing", "animated"] * max(1, number // 80)
@@ -237,7 +239,8 @@ def _asin(rng: random.Random) -> str:
     return "B0" + "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=8))
 
 
-def _check_test_values(products: list[Drawn], settings: Settings) -> None:
+def check_test_values(products: list[Drawn], settings: Settings) -> None:
+    """Raise `ValueError` that says what is short."""
     split = assign([product.asin for product in products], settings.split)
     counts = Counter(
         origin

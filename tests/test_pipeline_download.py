@@ -1,0 +1,234 @@
+"""Downloads against a real loopback server that misbehaves on purpose."""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from pipeline.download import Download, Patience
+
+DATA = bytes(range(256)) * 4096  # 1 MiB
+PIN = hashlib.sha256(DATA).hexdigest()
+HURRY = Patience(attempts=3, first_wait_s=0.001, max_wait_s=0.01, silence_s=0.5)
+Handler = Callable[[web.Request], "web.StreamResponse | None"]
+
+
+class Server:
+    """Serves DATA with ranges; `faults` are taken one per request before it answers well."""
+
+    def __init__(self) -> None:
+        self.requests: list[web.Request] = []
+        self.faults: list[web.StreamResponse | str] = []
+        self.data = DATA
+        self.etag = '"one"'
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.ready = threading.Event()
+        self.port = 0
+
+    @property
+    def place(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def url(self, path: str = "data.bin") -> str:
+        return f"http://{self.place}/{path}"
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self._answer)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self.loop.run_until_complete(self.runner.setup())
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        self.loop.run_until_complete(site.start())
+        self.port = self.runner.addresses[0][1]
+        self.ready.set()
+        self.loop.run_forever()
+        self.loop.run_until_complete(self.runner.cleanup())
+        self.loop.close()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, web.StreamResponse):
+            return fault
+        begin = 0
+        if request.headers.get("If-Range") == self.etag and fault != "ignore range":
+            begin = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        response = web.StreamResponse(status=206 if begin else 200)
+        response.headers["ETag"] = self.etag
+        response.content_length = len(self.data) - begin
+        if begin:
+            shift = 7 if fault == "wrong range" else 0
+            response.headers["Content-Range"] = f"bytes {begin + shift}-{len(self.data) - 1}/{len(self.data)}"
+        await response.prepare(request)
+        if fault == "cut":
+            await response.write(self.data[begin : begin + 300_000])
+            await asyncio.sleep(0.05)
+            assert request.transport is not None
+            request.transport.abort()
+        elif fault == "silence":
+            await response.write(self.data[begin : begin + 300_000])
+            await asyncio.sleep(2)
+        else:
+            await response.write(self.data[begin:])
+        return response
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    server.thread.start()
+    assert server.ready.wait(10)
+    yield server
+    server.loop.call_soon_threadsafe(server.loop.stop)
+    server.thread.join(10)
+
+
+def download(
+    server: Server, cache: Path, *urls: str, sha256: str | None = PIN, size: int | None = None
+) -> Path:
+    return Download(
+        urls=urls or [server.url()],
+        sha256=sha256,
+        size=size,
+        plain_http=[server.place],
+        cache=cache,
+        patience=HURRY,
+    ).fetch()
+
+
+def test_a_file_is_brought_once_and_then_taken_from_the_cache(server: Server, tmp_path: Path) -> None:
+    finished = download(server, tmp_path, size=len(DATA))
+    assert finished.read_bytes() == DATA
+    assert [path.name for path in tmp_path.iterdir()] == [PIN]
+    assert download(server, tmp_path) == finished
+    assert len(server.requests) == 1
+    finished.write_bytes(b"spoilt")
+    assert download(server, tmp_path).read_bytes() == DATA
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", "cut", "cut"]
+    assert download(server, tmp_path).read_bytes() == DATA
+    ranges = [request.headers.get("Range") for request in server.requests]
+    assert ranges == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+
+
+def test_a_silent_server_is_given_up_on_and_asked_again(server: Server, tmp_path: Path) -> None:
+    server.faults = ["silence"]
+    assert download(server, tmp_path).read_bytes() == DATA
+    assert server.requests[1].headers["Range"] == "bytes=300000-"
+
+
+def test_a_later_run_resumes_an_earlier_one(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", *(web.Response(status=503) for _ in range(3))]
+    with pytest.raises(ValueError, match="HTTP 503"):
+        download(server, tmp_path)
+    assert download(server, tmp_path).read_bytes() == DATA
+    assert server.requests[-1].headers["Range"] == "bytes=300000-"
+
+
+def test_a_changed_file_is_fetched_anew_not_pieced_together(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", *(web.Response(status=503) for _ in range(3))]
+    with pytest.raises(ValueError, match="HTTP 503"):
+        download(server, tmp_path)
+    server.data, server.etag = DATA[::-1], '"two"'
+    pin = hashlib.sha256(server.data).hexdigest()
+    with pytest.raises(ValueError, match=f"has sha256 {pin}"):
+        download(server, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["ignore range", "wrong range"])
+def test_a_server_that_mistakes_ranges_still_gives_the_right_bytes(
+    server: Server, tmp_path: Path, fault: str
+) -> None:
+    server.faults = ["cut", fault]
+    assert download(server, tmp_path).read_bytes() == DATA
+
+
+def test_a_range_that_does_not_fit_starts_anew(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", web.Response(status=416)]
+    assert download(server, tmp_path).read_bytes() == DATA
+    assert "Range" not in server.requests[2].headers
+
+
+def test_a_file_that_is_whole_but_unnamed_is_not_brought_again(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", *(web.Response(status=503) for _ in range(3))]
+    with pytest.raises(ValueError, match="HTTP 503"):
+        download(server, tmp_path)
+    next(tmp_path.glob("*.part")).write_bytes(DATA)
+    server.faults = [web.Response(status=416, headers={"Content-Range": f"bytes */{len(DATA)}"})]
+    asked = len(server.requests)
+    assert download(server, tmp_path).read_bytes() == DATA
+    assert len(server.requests) == asked + 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_passing_refusal_is_tried_again(server: Server, tmp_path: Path, status: int) -> None:
+    server.faults = [web.Response(status=status, headers={"Retry-After": "0"}) for _ in range(2)]
+    assert download(server, tmp_path).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_final_refusal_is_not_tried_again(server: Server, tmp_path: Path, status: int) -> None:
+    server.faults = [web.Response(status=status)]
+    with pytest.raises(ValueError, match=f"{server.url()}: HTTP {status}"):
+        download(server, tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_mirrors_are_tried_in_order_and_every_reason_is_told(server: Server, tmp_path: Path) -> None:
+    server.faults = [web.Response(status=404), web.Response(body=b"something else")]
+    urls = [server.url("a"), server.url("b"), server.url("c")]
+    assert download(server, tmp_path, *urls).read_bytes() == DATA
+    assert [request.path for request in server.requests] == ["/a", "/b", "/c"]
+    server.faults = [web.Response(status=404), web.Response(body=b"something else")]
+    with pytest.raises(ValueError, match=r"(?s)/a: HTTP 404.*/b: has sha256 .* \(14 bytes\), pinned 0"):
+        download(server, tmp_path, *urls[:2], sha256="0" * 64)
+
+
+def test_a_git_lfs_pointer_is_named_for_what_it_is(server: Server, tmp_path: Path) -> None:
+    server.data = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n"
+    with pytest.raises(ValueError, match=r"a Git LFS pointer, not the data \(oid sha256:abc\)"):
+        download(server, tmp_path)
+
+
+@pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1])
+def test_another_size_than_the_pinned_one_is_refused(server: Server, tmp_path: Path, size: int) -> None:
+    with pytest.raises(ValueError, match=f"holds {len(DATA)} bytes, pinned {size}"):
+        download(server, tmp_path, size=size)
+
+
+def test_a_redirect_is_followed_on_allowed_hosts_only(server: Server, tmp_path: Path) -> None:
+    server.faults = [web.Response(status=302, headers={"Location": "/elsewhere"})]
+    assert download(server, tmp_path).read_bytes() == DATA
+    for number, (target, message) in enumerate(
+        (
+            ("https://evil.example/x", r"leads to evil\.example, which is no host of this file"),
+            ("http://127.0.0.1:1/x", r"http://127\.0\.0\.1:1 is not https"),
+            ("file:///etc/hostname", "is not https"),
+            (f"http://user:word@{server.place}/x", "carries a user name"),
+        )
+    ):
+        server.faults = [web.Response(status=302, headers={"Location": target})]
+        with pytest.raises(ValueError, match=message):
+            download(server, tmp_path / str(number))
+    server.faults = [web.Response(status=302, headers={"Location": "/again"}) for _ in range(9)]
+    with pytest.raises(ValueError, match="more than 5 redirects"):
+        download(server, tmp_path / "loop")
+
+
+def test_plain_http_needs_to_be_allowed(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not https"):
+        Download(urls=[server.url()], sha256=PIN, cache=tmp_path).fetch()
+    assert not server.requests
+
+
+def test_without_a_pin_the_file_is_taken_as_it_comes(server: Server, tmp_path: Path) -> None:
+    assert download(server, tmp_path, sha256=None) == tmp_path / PIN
