@@ -69,7 +69,7 @@ def judge(
         said = {
             "model": [extraction.value for extraction in found],
             "floor": [extraction.value for extraction in floor.predict(question)],
-            "probe": probe.predict(question) if "visible" in right.values() else (),
+            "probe": probe.predict(question),
         }
         for system, values in said.items():
             answers[system].append(

@@ -60,7 +60,8 @@ class Probe:
 
     def predict(self, question: Question) -> tuple[str, ...]:
         """At most one normalised value; none without an image or without training values."""
-        features, labels = pool(question.product), self._labels.get(question.attribute)
+        labels = self._labels.get(question.attribute)
+        features = pool(question.product) if labels else None
         if features is None or not labels:
             return ()
         classifier = self._classifiers.get(question.attribute)

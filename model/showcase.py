@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from model.metrics import normalise
 from pipeline.shards import ShardFolder
 
-PICTURE_PX = 440
+PICTURE_PX = 640
 
 
 def verdict(row: dict[str, Any]) -> bool:
@@ -75,7 +75,7 @@ def picture(asin: str, folders: dict[str, ShardFolder], path: Path) -> str | Non
     drawn = show.draw(found["images"]["image"], found["ocr"], found["regions"]).convert("RGB")
     drawn.thumbnail((PICTURE_PX, PICTURE_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    drawn.save(buffer, "JPEG", quality=82)
+    drawn.save(buffer, "JPEG", quality=80)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
     return None

@@ -76,6 +76,11 @@ def test_a_prediction_that_normalises_to_nothing_is_no_value():
     assert metrics.micro([asked(["the a"])])["precision"] == 0
 
 
+def test_gold_that_normalises_to_nothing_is_no_value():
+    assert asked(["red"], ["An", "Red"], ["text", "visible"]).gold == ("red",)
+    assert metrics.five_way([asked(["red"], ["..."])])["NA"] == 1
+
+
 def test_duplicated_gold_values_and_predictions_count_once_and_the_first_origin_stays():
     one = asked(["Red", "red!"], ["Red", "the red", "RED"], ["printed", "text", "text"], [True, False, False])
     assert (one.predicted, one.gold, one.origins, one.in_ocr) == (("red",), ("red",), ("printed",), (True,))
