@@ -131,7 +131,7 @@ def test_an_animation_is_its_first_frame():
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """The function `stage(urls, **settings)` runs the stage on asin -> image names; rows by asin come back."""
+    """`stage(urls, **settings)` runs the stage on asin -> image names and gives its rows by asin."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SMARTAVE_STORE", raising=False)
     (tmp_path / "pictures").mkdir()

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -341,6 +342,41 @@ def test_a_full_disk_leaves_nothing_partial_and_the_next_run_completes(monkeypat
         Path("data").mkdir(exist_ok=True)
         assert contents(shards.run(job())) == undisturbed
     assert k > 5
+
+
+@pytest.mark.parametrize("name", ["unlink", "link", "replace"])
+def test_an_assembly_that_fails_anywhere_leaves_a_folder_that_says_it_is_not_complete(monkeypatch, name):
+    output = shards.run(job())
+    old = contents(output)
+    shards.run(job(settings=Settings(power=3)))
+    new = contents(output)
+    real, refused = getattr(os, name), 0
+    for k in range(100):
+        shards.run(job())
+        calls = 0
+
+        def failing(*arguments, at=k, **options):
+            nonlocal calls
+            calls += 1
+            if calls > at and "toy/squares" in str(arguments[-1]):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            with contextlib.suppress(OSError):
+                shards.run(job(settings=Settings(power=3)))
+        try:
+            shards.ShardFolder(output).verify()
+        except ValueError as error:
+            assert "is not complete" in str(error)  # noqa: PT017 - one of two right outcomes
+            refused += 1
+        else:
+            assert contents(output) in (old, new)
+        if contents(output) == new:
+            break
+    assert contents(output) == new
+    assert name == "link" or refused > 1  # without links there are copies
 
 
 def test_where_hard_links_do_not_work_the_output_is_a_copy(monkeypatch):
