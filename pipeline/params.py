@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 CONFIG = Path("config")
 
@@ -119,13 +120,19 @@ def _bounds(annotation: Any, location: Key) -> dict[str, Any]:
     return _bounds(arguments[-1 if origin is dict else 0], location[1:]) if arguments else {}
 
 
+BOUNDS = {
+    annotated_types.Ge: "ge",
+    annotated_types.Gt: "gt",
+    annotated_types.Le: "le",
+    annotated_types.Lt: "lt",
+}
+
+
 def _declared(metadata: Iterable[Any]) -> dict[str, Any]:
-    kinds = {
-        annotated_types.Ge: "ge",
-        annotated_types.Gt: "gt",
-        annotated_types.Le: "le",
-        annotated_types.Lt: "lt",
-    }
-    return {
-        kinds[type(bound)]: getattr(bound, kinds[type(bound)]) for bound in metadata if type(bound) in kinds
-    }
+    found: dict[str, Any] = {}
+    for one in metadata:
+        if isinstance(one, FieldInfo):  # `Annotated[int, Field(ge=0)]` inside a list or a union
+            found |= _declared(one.metadata)
+        elif name := BOUNDS.get(type(one)):
+            found[name] = getattr(one, name)
+    return found

@@ -63,7 +63,7 @@ class Workspace:
 
 
 def new_workspace(folder: Path) -> Workspace:
-    """An empty Git repository whose commands are this environment's, and which shares nothing with the user."""
+    """An empty Git repository with this environment's commands, sharing no state with the user."""
     home = folder.with_name(f"{folder.name}-home")
     for path in (folder, home):
         path.mkdir(parents=True)
