@@ -45,16 +45,17 @@ def bars(groups: Mapping[str, Mapping[str, float]], floor: Mapping[str, float], 
         return _svg(figure)
 
 
-def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> str | None:
-    """Everything that training logged as a loss or an F1, over steps; None: nothing was logged."""
+def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, title: str) -> str | None:
+    """Everything that training logged as a loss or an F1, over steps; None: nothing was logged.
+
+    `histories[system]` has one history per seed; they share their system's color and its legend entry.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = {}
-    for part in ("loss", "f1"):
-        keys = sorted({key for rows in histories.values() for row in rows for key in row if part in key})
-        if keys:
-            panels[part] = keys
+    logged = {key for seeds in histories.values() for rows in seeds for row in rows for key in row}
+    panels = {part: sorted(key for key in logged if part in key) for part in ("loss", "f1")}
+    panels = {part: keys for part, keys in panels.items() if keys}
     if not panels:
         return None
     with rc_context(STYLE):
@@ -62,17 +63,22 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) 
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         for position, (part, keys) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(1, len(panels), position)
-            for number, (system, rows) in enumerate(histories.items()):
-                for line, key in enumerate(keys):
-                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                    if points:
-                        axes.plot(
-                            *zip(*points, strict=True),
-                            ("-", "--", ":", "-.")[line % 4],
-                            color=COLORS[number % len(COLORS)],
-                            label=f"{system} {key.replace('_', ' ')}",
-                            linewidth=1.4,
-                        )
+            lines = [
+                (system, key, seed, rows)
+                for system, seeds in histories.items()
+                for key in keys
+                for seed, rows in enumerate(seeds)
+            ]
+            for system, key, seed, rows in lines:
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        ("-", "--", ":", "-.")[keys.index(key) % 4],
+                        color=COLORS[list(histories).index(system) % len(COLORS)],
+                        label=f"{system} {key.replace('_', ' ')}" if seed == 0 else None,
+                        linewidth=1.4,
+                    )
             axes.set(xlabel="step", title=part.replace("f1", "F1"))
             axes.set_ylim(bottom=0, top=1.02 if part == "f1" else None)
             axes.legend(fontsize=7)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from model.examples import Extraction, OcrLine, Product, Question
 from pipeline import clean, images, mave, products, schema
+from pipeline.disk import atomically
 from pipeline.tally import Tally
 
 CHUNK = 32  # products whose pictures are in memory at a time
@@ -96,7 +97,7 @@ class Reader:
         """The innermost of the line's categories that the model was trained on, else the innermost."""
         given = metadata.get("category")
         names = [metadata.get("main_cat"), *(given if isinstance(given, list) else [given])]
-        names = [name for name in names if isinstance(name, str) and name]
+        names = [name.encode("utf-8", "ignore").decode() for name in names if isinstance(name, str) and name]
         return next((name for name in reversed(names) if name in self.categories), names[-1] if names else "")
 
 
@@ -119,7 +120,7 @@ class Seen:
 
     def __init__(self, provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str]) -> None:
         base = str(folder) if folder is not None else None
-        self.settings = images.Settings(base=base, hosts=tuple(hosts))
+        self.settings = images.Settings.model_validate({"base": base, "hosts": list(hosts)})
         self.fetch: Process = images.make_worker(self.settings)
         looks = provenance["settings"]
         self.ocr: Process | None = None
@@ -224,7 +225,11 @@ def run(arguments: argparse.Namespace) -> Tally:
 
     tally = Tally()
     seen = Seen(provenance, arguments.images, arguments.hosts)
-    with mave.opened(arguments.input) as file, mave.replacing(arguments.output) as output:
+    with (
+        mave.opened(arguments.input) as file,
+        atomically(arguments.output) as temporary,
+        temporary.open("wb") as output,
+    ):
         lines = (reader.read(raw) for raw in raw_lines(file))
         rows = answers(lines, seen.of, asked, extract, least_score)
         for row in tqdm(rows, "predict", num_lines(arguments.input), unit="line"):

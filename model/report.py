@@ -200,12 +200,12 @@ def figures(corpus: str, cells: dict[str, dict[int, dict[str, Any] | None]]) -> 
         }
         if systems:
             drawn.append(charts.bars(systems, floors, title=title))
-    histories = {}
+    histories: dict[str, list[Any]] = {}
     for name, seeds in cells.items():
-        for seed in seeds:
-            path = Path("runs", corpus, name, str(seed), "history.json")
-            if path.is_file():
-                histories[f"{name}, seed {seed}"] = json.loads(path.read_text(encoding="utf-8"))
+        paths = [Path("runs", corpus, name, str(seed), "history.json") for seed in seeds]
+        logs = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        if logs:
+            histories[name] = logs
     curves = charts.curves(histories, title="Learning curves") if histories else None
     return [*drawn, curves] if curves else drawn
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from model.metrics import normalise
-from pipeline.shards import ShardFolder
+from pipeline.reading import ShardFolder
 
 PICTURE_PX = 640
 

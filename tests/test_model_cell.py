@@ -9,7 +9,8 @@ import pytest
 
 from model import evaluate, predict, train
 from pipeline import schema
-from pipeline.shards import ShardFolder, sha256_of
+from pipeline.disk import sha256_of
+from pipeline.reading import ShardFolder
 
 COLORS = ("red", "green", "blue")
 SPLITS = ("train",) * 12 + ("validation",) * 3 + ("test",) * 6

@@ -65,6 +65,7 @@ def test_a_bad_line_is_a_line_with_a_reason(reader, raw, status):
         ({"category": ["Garden", "Pots"]}, "Pots"),
         ({"category": [], "main_cat": "Garden"}, "Garden"),
         ({"category": [{"odd": 1}, 3]}, ""),
+        ({"category": ["half a \ud83d pair"]}, "half a  pair"),
     ],
 )
 def test_the_category_is_the_innermost_that_the_model_knows(reader, fields, category):

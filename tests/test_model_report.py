@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from model import charts, evaluate, report, showcase
 from model.examples import Extraction, OcrLine, Product, Question, Source
 from pipeline import schema
-from pipeline.shards import sha256_of
+from pipeline.disk import sha256_of
 
 COLORS = ("red", "green", "blue")
 
@@ -200,4 +200,4 @@ def test_the_mean_of_one_seed_has_no_deviation_and_of_none_is_a_dash():
 
 
 def test_figures_without_numbers_are_not_drawn():
-    assert charts.curves({"smartave": [{"step": 1, "rate": 2}]}, title="Curves") is None
+    assert charts.curves({"smartave": [[{"step": 1, "rate": 2}]]}, title="Curves") is None
