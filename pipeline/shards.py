@@ -4,7 +4,8 @@ A shard is a function of its input rows, the stage's settings, code, weights, li
 threads; their digest is its fingerprint, and a finished shard is kept under that name in a store
 outside DVC's outs ($SMARTAVE_STORE, by default .cache/shards). So a stage that was killed goes on
 where it was, a changed one never takes an old shard, and equal shards are made once. All paths are
-relative to the repository root, from which every stage is started.
+relative to the repository root, from which every stage is started. Making, assembling and tidying
+stand in one file because only it knows how the store is laid out; reading is in reading.py.
 
     python -m pipeline.shards status     what is finished, per stage and corpus, and who is writing
     python -m pipeline.shards verify     compare every shard with its sha256
