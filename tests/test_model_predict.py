@@ -195,3 +195,27 @@ def test_help_says_what_goes_in_and_comes_out(capsys):
     told = capsys.readouterr().out
     for word in ("--min-precision", "imageURLHighRes", "status", "source", "one line of JSON each"):
         assert word in told
+
+
+def test_pictures_are_fetched_read_and_cut_into_regions_on_the_way(tmp_path):
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (320, 120), "white")
+    ImageDraw.Draw(picture).text((30, 30), "NET 250", "black", ImageFont.load_default(60))
+    picture.save(tmp_path / "mug.jpg")
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "mug.jpg").read_bytes()[:900])
+    provenance = {
+        "settings": {"ocr": True, "image": True},
+        "ocr": {"canvas_px": 320, "threads": 1},
+        "regions": {"short_side_px": 64, "long_side_px": 128, "max_boxes": 3, "threads": 1},
+    }
+    names = ("mug.jpg", "broken.jpg", "none.jpg", "../mug.jpg", "https://example.org/mug.jpg", None)
+    lines = [predict.Line("B000000001", "ok", url=name) for name in names]
+    seen = predict.Seen(provenance, tmp_path, ()).of(lines)
+    told = ["ok", "truncated", "missing", "outside_base", "forbidden_host", "no_url"]
+    assert [status for status, _ in seen] == told
+    fields = seen[0][1]
+    assert "250" in " ".join(line.text for line in fields["ocr"])
+    assert fields["regions"].shape == (len(fields["boxes"]), 2048)
+    assert fields["boxes"][-1].tolist() == [0, 0, 320, 120]
+    assert all(found == {"ocr": ()} for _, found in seen[1:])
