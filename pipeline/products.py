@@ -145,9 +145,8 @@ def _roots(folder: Path, wanted: Iterable[str], tally: Tally) -> dict[str, tuple
                 tally.add("asin in several roots", f"{path.name}: {asin}")
             roots.setdefault(asin, (name, image_urls(record.metadata)))
         for reason in sorted(here.counts.keys() - {"no metadata", "metadata without label"}):
-            tally.add(
-                f"roots: {reason}", *here.examples.get(reason, [path.name])[:1], count=here.counts[reason]
-            )
+            where = here.examples.get(reason, [path.name])[0]
+            tally.add(f"roots: {reason}", where, here.counts[reason])
     return roots
 
 
