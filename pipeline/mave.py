@@ -79,8 +79,6 @@ def lines(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
                     line = file.readline(MAX_LINE_BYTES)
                 tally.add("line too long", f"{path.name}:{number}")
                 continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield number, line
 
@@ -97,7 +95,7 @@ def parse(line: bytes, where: str, tally: Tally) -> dict[str, Any] | None:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
-        try:  # the standard library also reads lone surrogates and NaN, as the original does
+        try:  # the standard library also reads lone surrogates, NaN and a byte order mark
             value = json.loads(line)
         except (ValueError, RecursionError):
             value = None

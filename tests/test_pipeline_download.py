@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,38 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Pa
     assert download(server, tmp_path).read_bytes() == DATA
     ranges = [request.headers.get("Range") for request in server.requests]
     assert ranges == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+
+
+def test_a_body_without_length_that_ends_early_is_completed(tmp_path: Path) -> None:
+    """A close-delimited HTTP/1.0 body looks whole wherever it ends; only the pinned size tells."""
+    asked: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                request = connection.recv(65536)
+                asked.append(request)
+                begin = 300_000 if b"Range: bytes=300000-" in request else 0
+                span = f"Content-Range: bytes {begin}-{len(DATA) - 1}/{len(DATA)}\r\n" if begin else ""
+                head = f'HTTP/1.0 {206 if begin else 200} OK\r\nETag: "one"\r\n{span}\r\n'
+                connection.sendall(head.encode() + (DATA[begin:] if begin else DATA[:300_000]))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        download = Download(
+            urls=[f"http://{place}/x"],
+            sha256=PIN,
+            size=len(DATA),
+            plain_http=[place],
+            cache=tmp_path,
+            patience=HURRY,
+        )
+        assert download.fetch().read_bytes() == DATA
+        thread.join(5)
+    assert len(asked) == 2
 
 
 def test_a_silent_server_is_given_up_on_and_asked_again(server: Server, tmp_path: Path) -> None:

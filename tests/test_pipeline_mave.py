@@ -74,6 +74,13 @@ def test_the_first_metadata_line_that_survives_cleaning_wins(tmp_path: Path) -> 
     assert "no metadata" not in tally.counts
 
 
+def test_a_product_without_title_is_not_also_counted_as_without_metadata(tmp_path: Path) -> None:
+    metadata = write(tmp_path / "m.jsonl", product("B000000001", ""))
+    rows, tally = joined(tmp_path, [metadata], [write(tmp_path / "l.jsonl", label("B000000001", "Type"))])
+    assert not rows
+    assert tally.counts == {"no title": 1, "lines written": 0}
+
+
 def test_spans_are_passed_on_unchecked(tmp_path: Path) -> None:
     wrong = {"key": "Type", "evidences": [{"value": "x", "pid": 9, "begin": 5, "end": 2}]}
     labels = write(tmp_path / "l.jsonl", {"id": "B000000001", "category": "Mugs", "attributes": [wrong]})

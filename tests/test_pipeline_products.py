@@ -175,6 +175,14 @@ def test_an_attribute_with_one_good_span_or_with_values_survives_a_bad_one(tmp_p
     assert "attribute without a valid span" not in tally.counts
 
 
+def test_a_lost_attribute_does_not_spoil_a_good_one_of_the_same_key(tmp_path: Path) -> None:
+    lost = attribute("Color", span("Red", 0, 1))
+    for number, pair in enumerate(((lost, RED), (RED, lost))):
+        rows, tally = built(tmp_path / str(number), label(*pair))
+        assert [found["values"] for found in rows[0]["attributes"]] == [["Red"]]
+        assert tally.counts == {"span: text differs": 1, "attribute without a valid span": 1}
+
+
 @given(
     st.text(max_size=12), st.integers(-2, 14), st.integers(-2, 14), st.integers(-1, 2), st.text(max_size=4)
 )
