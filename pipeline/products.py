@@ -4,6 +4,7 @@
 
 Reads data/CORPUS/source/, writes data/CORPUS/products.parquet (`schema.PRODUCTS`, sorted by item) and
 metrics/CORPUS/products.json. Whatever cannot be used is counted there by reason, with a few places.
+One file: what happens to a row, from label and metadata to split, in that order.
 """
 
 import argparse

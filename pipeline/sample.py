@@ -4,6 +4,8 @@ Every value's origin is known: it stands in the text, is printed on the picture,
 (colour, shape), or stands in text and picture. Values and origins are dealt from balanced decks, apart from
 each other and from the category, so that the text of a product says nothing about what only its picture
 shows. The dirt of real data is mixed in. Same settings, same bytes.
+
+One file, as a product's truth, text, label, dirt and picture must agree.
 """
 
 import io

@@ -1,3 +1,4 @@
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,12 @@ from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import products, schema
+from pipeline import clean, products, schema
 from pipeline.products import Settings
 from pipeline.split import Split, assign
 from pipeline.tally import Tally
 
+GIFT_CARDS = SHARED_DATA / "amazon-gift-cards" / "meta_Gift_Cards.json.gz"
 REAL = {  # labels, metadata, products and questions
     "packshots": ("packshots/labels.jsonl", "packshots/metadata.jsonl", 83, 225),
     "text_poor": ("packshots/labels_text_poor.jsonl", "packshots/metadata_text_poor.jsonl", 83, 225),
@@ -441,3 +443,25 @@ def test_real_corpora_come_through_without_losing_a_product(tmp_path: Path, name
                 text = row["paragraphs"][one["paragraph"]]["text"]
                 assert text[one["begin"] : one["end"]] == one["value"]
     assert set(tally.counts) <= {"span: in a dropped source"}
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not GIFT_CARDS.is_file(), reason="../shared/data/amazon-gift-cards is not there")
+def test_a_real_metadata_dump_gives_rows_with_texts_and_image_urls(tmp_path: Path) -> None:
+    with gzip.open(GIFT_CARDS) as file:
+        records = [json.loads(line) for line in file]
+    labels = {}
+    for record in records:
+        title = next((text for text, source in clean.paragraphs(record) if source == "title"), None)
+        if title:
+            first = attribute("Type", span(title.split()[0], 0, 0))
+            labels.setdefault(record["asin"], label(first, asin=record["asin"], paragraphs=None))
+    folder = source(tmp_path, *labels.values())
+    (folder / "metadata/00.jsonl").unlink()
+    (folder / "metadata/00-meta.json.gz").symlink_to(GIFT_CARDS.resolve())
+    tally = Tally()
+    rows = products.build(folder, "gifts", Settings(kind="mave"), tally)
+    assert len(rows) == len(labels) > 1_500
+    assert sum(bool(row["image_urls"]) for row in rows) > 600
+    assert {row["root_category"] for row in rows} >= {"Gift Cards", "Grocery"}
+    assert not {"no metadata", "span: text differs", "malformed line"} & set(tally.counts)
