@@ -10,6 +10,7 @@ import argparse
 import codecs
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,7 +166,7 @@ def main() -> None:
         variant = convert(arguments.checkpoint, arguments.output)
     except ValueError as error:
         raise SystemExit(f"convert: {error}") from error
-    parser.exit(0, f"{arguments.output}: set regions.weights to it, and regions.variant to {variant}\n")
+    sys.stdout.write(f"{arguments.output}: set regions.weights to it, and regions.variant to {variant}\n")
 
 
 if __name__ == "__main__":

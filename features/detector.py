@@ -204,7 +204,7 @@ def resize(pixels: np.ndarray, *, short_side_px: int, long_side_px: int) -> np.n
 
 
 def rescaled(boxes: Tensor, seen: np.ndarray, pixels: np.ndarray) -> Tensor:
-    """Boxes in pixels of `pixels` instead of those of the resized `seen`, none outside by a rounding error."""
+    """Boxes in pixels of `pixels` instead of the resized `seen`; rounding puts none outside."""
     height, width = pixels.shape[:2]
     scaled = boxes * boxes.new_tensor([width / seen.shape[1], height / seen.shape[0]] * 2)
     scaled[-1] = scaled.new_tensor([0, 0, width, height])  # the whole picture, exactly
@@ -222,7 +222,7 @@ def _crop(level: Tensor, boxes: Tensor, *, cells: int, stride: int) -> Tensor:
 
 
 def untrained(variant: str, *, seed: int) -> Detector:
-    """A detector with seeded random weights whose activations stay near 1, far from float16's limit.
+    """A detector with seeded random weights whose features stay around 10, far from float16's limit.
 
     The last normalisation of each residual branch is scaled by 1 / sqrt(branches in its stage), so a
     stage at most doubles the variance that enters it, however deep it is.

@@ -11,6 +11,7 @@ Other scripts need their recogniser in `weights`, e.g. `languages: [ch_sim, en]`
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import statistics
@@ -125,9 +126,12 @@ def open_reader(settings: Settings) -> "easyocr.Reader":
                 user_network_directory=folder,
                 recog_network=settings.recognizer,
                 download_enabled=False,
+                detector=False,
                 quantize=False,
                 verbose=False,
             )
+            reader.quantize = False  # EasyOCR stores a tuple here, which counts as true
+            reader.detector = reader.initDetector(reader.getDetectorPath("craft"))
     except FileNotFoundError as error:  # which is how EasyOCR tells of a wrong checksum
         raise ValueError(f"ocr.weights: {error}") from error
     parts = [getattr(model, "module", model) for model in (reader.detector, reader.recognizer)]
@@ -180,13 +184,12 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
 
     torch.set_num_threads(settings.threads)
     cv2.setNumThreads(settings.threads)
-    reader = open_reader(settings)
+    return functools.partial(read_rows, open_reader(settings), settings)
 
-    def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            yield {"asin": row["asin"], **_read(reader, row, settings)}
 
-    return process
+def read_rows(reader: "easyocr.Reader", settings: Settings, rows: shards.Rows) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {"asin": row["asin"], **_read(reader, row, settings)}
 
 
 def _read(reader: "easyocr.Reader", row: dict[str, Any], settings: Settings) -> dict[str, Any]:

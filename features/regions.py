@@ -9,6 +9,7 @@ image. `weights` is `random` (seeded) or a .safetensors made by `python -m featu
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,13 +63,12 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("regions.device is cuda, and torch sees no GPU")
     torch.set_num_threads(settings.threads)
-    model = open_detector(settings)
+    return functools.partial(detect_rows, open_detector(settings), settings)
 
-    def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            yield {"asin": row["asin"], **_detect(model, row, settings)}
 
-    return process
+def detect_rows(model: Callable[..., Any], settings: Settings, rows: shards.Rows) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {"asin": row["asin"], **_detect(model, row, settings)}
 
 
 def open_detector(settings: Settings) -> "Detector | Detectron":

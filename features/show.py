@@ -6,6 +6,7 @@ OCR lines are red with their text and confidence, regions blue with rank and sco
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def main() -> None:
         told = save(arguments.corpus, arguments.asins, arguments.output)
     except ValueError as error:
         raise SystemExit(f"show: {error}") from error
-    parser.exit(0, "\n".join(told) + "\n")
+    sys.stdout.write("\n".join(told) + "\n")
 
 
 if __name__ == "__main__":
