@@ -122,7 +122,7 @@ class Seen:
         base = str(folder) if folder is not None else None
         self.settings = images.Settings.model_validate({"base": base, "hosts": list(hosts)})
         self.fetch: Process = images.make_worker(self.settings)
-        looks = provenance["settings"]
+        looks = {"ocr": True, "image": True, **provenance["settings"]}
         self.ocr: Process | None = None
         self.regions: Process | None = None
         if looks["ocr"]:

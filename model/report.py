@@ -183,7 +183,7 @@ def data_tables(corpus: str) -> list[tuple[str, Table]]:
 
 
 def figures(corpus: str, cells: dict[str, dict[int, dict[str, Any] | None]]) -> list[str]:
-    """SVG texts: F1 per origin and per attribute (means over seeds), then learning curves."""
+    """SVG texts: F1 per origin, learning curves, F1 per attribute (means over seeds)."""
     done = {name: [one for one in seeds.values() if one] for name, seeds in cells.items()}
     done = {name: files for name, files in done.items() if files}
     drawn = []
@@ -207,7 +207,7 @@ def figures(corpus: str, cells: dict[str, dict[int, dict[str, Any] | None]]) -> 
         if logs:
             histories[name] = logs
     curves = charts.curves(histories, title="Learning curves") if histories else None
-    return [*drawn, curves] if curves else drawn
+    return [*drawn[:1], curves, *drawn[1:]] if curves else drawn
 
 
 def section(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
