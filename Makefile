@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak serve lock clean
+.PHONY: help demo test check serve lock clean
 
 PYTHON ?= python3.11
 READY := .venv/.from-lock
@@ -33,13 +33,7 @@ check: $(READY) ## style, types, import direction, layout
 	ruff format --check .
 	mypy
 	lint-imports --no-cache
-	python -m pytest tests/test_repository.py tests/test_dvc_graph.py -k "not slow"
-
-bench: $(READY) ## speed of the parts; NAME=... for one of them
-	python -m benchmarks $(NAME)
-
-soak: $(READY) ## the long fault sweeps
-	python -m pytest --timeout 0 -m soak
+	python -m pytest tests/test_repository.py
 
 serve: $(READY) ## Prefect server and deployments, until Ctrl-C
 	python -m pipeline.flows

@@ -131,6 +131,7 @@ def test_no_stage_depends_on_prose(real_graph: Any) -> None:
     assert rerun_by(real_graph, {"README.md", "CHANGELOG.md", "docs/log.md"}) == set()
 
 
+@pytest.mark.timeout(500)
 def test_an_experiment_sets_one_model_through_dvc(workspace: Workspace) -> None:
     before = workspace.run("dvc", "repro", "config")
     assert "Running stage 'config'" in before.stdout
@@ -141,11 +142,3 @@ def test_an_experiment_sets_one_model_through_dvc(workspace: Workspace) -> None:
     assert set(changed) - {"dvc.lock"} == {"params.yaml", "config/sample/models/smartave-text.json"}
     again = workspace.run("dvc", "repro", "config")
     assert "Stage 'config' didn't change, skipping" in again.stdout
-
-
-def test_a_wrong_params_file_fails_the_graph_at_config(workspace: Workspace) -> None:
-    workspace.edit("params.yaml", "max_boxes: 9", "max_boxes: 0")
-    done = workspace.run("dvc", "repro", "config", check=False)
-    assert done.returncode != 0
-    assert "params.yaml: corpora.sample.regions.max_boxes must be in 1..100, got 0" in done.stdout
-    assert "Traceback" not in done.stdout
