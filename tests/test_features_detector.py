@@ -45,6 +45,15 @@ def test_regions_lie_inside_and_the_last_is_the_whole_picture(untrained, picture
     assert (found.boxes[:, 2:] <= (240, 180)).all()
 
 
+def test_the_network_sees_blue_green_red_around_the_mean(untrained):
+    seen = []
+    hook = untrained.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    untrained(np.full((64, 64, 3), (124, 116, 94), np.uint8), **ASKED)
+    hook.remove()
+    assert seen[0].shape[:2] == (1, 3)
+    np.testing.assert_allclose(seen[0][0, :, 0, 0], [-9.53, -0.28, 0.325], atol=1e-3)
+
+
 def test_random_proposals_are_ranked_and_do_not_overlap_more_than_asked(untrained, picture):
     found = untrained(picture, **{**ASKED, "nms_iou": 0.2})
     scores = found.scores[:-1]
