@@ -22,8 +22,7 @@ $(READY): requirements.lock
 
 demo: $(READY) ## the whole road on the built-in sample corpus, then the scores
 	dvc repro
-	dvc metrics show
-	@echo "Look at reports/index.html; curves and scores by attribute: dvc plots show"
+	python -m model.report
 
 test: $(READY) ## all tests, in random order
 	python -m pytest
