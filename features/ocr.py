@@ -42,7 +42,7 @@ class Settings(params.Settings):
     canvas_px: int = Field(960, ge=64, le=4096)  # a longer side is shrunk to this to find text
     min_confidence: float = Field(0.0, ge=0, le=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = Field(2, ge=1, le=64)  # per worker; other threads, other bits
+    threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
 
 

@@ -41,7 +41,7 @@ class Settings(params.Settings):
     min_score: float = Field(0.2, ge=0, le=1)  # of a class; random weights know no classes
     grid: bool = False  # also the 7x7 cells of res5 over the whole picture, 49 x 2048
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = Field(2, ge=1, le=64)  # per worker; other threads, other bits
+    threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
 
     @model_validator(mode="after")

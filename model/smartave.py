@@ -4,14 +4,14 @@ Shapes: B batch, N hyper-tokens, T text tokens, R regions, L = T + R local-token
 Y output tokens, S text segments. Masks are True where something is there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from model.decoder import CopyDecoder, beam_search, log_copied, mixture
 from model.encoder import Encoder
@@ -98,6 +98,7 @@ class Model(PreTrainedModel):
     """
 
     config_class = Config
+    accepts_loss_kwargs = False  # the loss is a mean already
     main_input_name = "input_ids"
 
     def __init__(self, config: Config) -> None:
@@ -339,6 +340,5 @@ class Model(PreTrainedModel):
         return [processor.decode(*output) for output in outputs]
 
 
-def batches(items: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
+AutoConfig.register(Config.model_type, Config)
+AutoModel.register(Config, Model)

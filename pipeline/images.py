@@ -11,6 +11,7 @@ and `transient` (see fetch); `too_large`; `not_image`, `truncated`, `corrupt`, `
 
 import argparse
 import asyncio
+import atexit
 import functools
 import hashlib
 import os
@@ -148,6 +149,7 @@ def _network(settings: Settings) -> Callable[[list[str]], "list[Fetched]"]:
         )
 
     client = runner.run(connect())
+    atexit.register(lambda: runner.run(client.close()))
     return lambda urls: runner.run(client.fetch_all(urls))
 
 

@@ -210,11 +210,11 @@ def _holder(lock: Path) -> str:
 def run(job: Job) -> Path:
     """Make every shard that the store lacks, then assemble data/CORPUS/STAGE; its manifest.json comes last.
 
-    $SMARTAVE_WORKERS processes work at a time (default 1), on the executor $SMARTAVE_EXECUTOR
-    (default `local`); neither changes a byte. Raises `ValueError` naming the shard that cannot be
-    made; what is finished stays in the store for the next run.
+    $SMARTAVE_WORKERS processes work at a time (default: as many as keep all cores busy), on the
+    executor $SMARTAVE_EXECUTOR (default `local`); neither changes a byte. Raises `ValueError` naming
+    the shard that cannot be made; what is finished stays in the store for the next run.
     """
-    execute, num_workers = _executor()
+    execute, num_workers = _executor(job.threads)
     made_with = job.made_with()
     name = f"{job.stage} of {job.corpus}"
     with sole_writer(job.stage, job.corpus), workers.stopping_with_parent():
@@ -245,11 +245,11 @@ def run(job: Job) -> Path:
     return job.output
 
 
-def _executor() -> tuple[workers.Executor, int]:
+def _executor(threads: int) -> tuple[workers.Executor, int]:
     name = os.environ.get("SMARTAVE_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise ValueError(f"SMARTAVE_EXECUTOR must be one of {', '.join(EXECUTORS)}, got {name!r}")
-    count = os.environ.get("SMARTAVE_WORKERS") or "1"
+    count = os.environ.get("SMARTAVE_WORKERS") or str(max(1, (os.cpu_count() or 1) // threads))
     if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"SMARTAVE_WORKERS must be a whole number of at least 1, got {count!r}")
     return EXECUTORS[name], int(count)
