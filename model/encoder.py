@@ -7,7 +7,9 @@ Padding comes last in both.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +114,24 @@ class EncoderLayer(nn.Module):
         self.output_norm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.no_grad()
+    def start_from(self, layer: Any) -> None:
+        """Take the weights of a BERT layer: its Q and K for each pattern, its V for both token types."""
+        attention, theirs = self.attention, layer.attention
+        for pattern in attention.patterns:
+            attention.query[pattern].load_state_dict(theirs.self.query.state_dict())
+            attention.key[pattern].load_state_dict(theirs.self.key.state_dict())
+        for ours, source in (
+            (attention.value_local, theirs.self.value),
+            (attention.value_hyper, theirs.self.value),
+            (attention.output, theirs.output.dense),
+            (self.attention_norm, theirs.output.LayerNorm),
+            (self.intermediate, layer.intermediate.dense),
+            (self.output, layer.output.dense),
+            (self.output_norm, layer.output.LayerNorm),
+        ):
+            ours.load_state_dict(source.state_dict())
+
     def _feed_forward(self, x: Tensor, z: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(z))
         y = self.output(nn.functional.gelu(self.intermediate(x)))
@@ -138,6 +158,14 @@ class Encoder(nn.Module):
             )
             for _ in range(num_layers)
         )
+
+    def start_from(self, layers: Sequence[Any]) -> None:
+        """Take the weights of BERT layers. Raises `ValueError` when there are too few."""
+        if len(layers) < len(self.layers):
+            raise ValueError(f"the checkpoint has {len(layers)} layers, encoder_layers is {len(self.layers)}")
+        for ours, theirs in zip(self.layers, layers, strict=False):
+            assert isinstance(ours, EncoderLayer)
+            ours.start_from(theirs)
 
     def forward(
         self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor

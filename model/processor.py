@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from model.examples import Extraction, Question, Source
 from model.tagging import O, encode_tags
@@ -127,7 +127,7 @@ class Processor:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         image: bool,
         ocr: bool,
@@ -349,22 +349,18 @@ class Processor:
     def _extraction(
         self, example: Encoded, pieces: list[int], score: float, copied: np.ndarray
     ) -> Extraction:
-        ids = [piece for segment in example.segments for piece in segment.ids]
-        places = [
-            place for segment in example.segments for place in (segment.places or [None] * len(segment.ids))
-        ]
+        own = example.segments[1:]  # the attribute's name is no place to read a value
+        ids = [piece for segment in own for piece in segment.ids]
+        places = [place for segment in own for place in segment.places]
         spans = [
             (begin, end)
             for begin, end in occurrences(pieces, ids)
-            if all(place is not None for place in places[begin:end])
-            and len({(place.kind, place.index) for place in places[begin:end] if place}) == 1
+            if len({(place.kind, place.index) for place in places[begin:end]}) == 1
         ]
         if spans and copied.sum() > 0.5 * len(pieces):
-            steps = np.arange(len(pieces))
-            begin, end = max(spans, key=lambda span: copied[steps, np.arange(*span)].sum())
+            steps, first_own = np.arange(len(pieces)), len(example.segments[0].ids)
+            begin, end = max(spans, key=lambda span: copied[steps, first_own + np.arange(*span)].sum())
             first, last = places[begin], places[end - 1]
-            assert first is not None
-            assert last is not None
             source = Source(first.kind, first.index, first.begin, last.end)
             product = example.question.product
             text = (

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from model.decoder import CopyDecoder, beam_search, log_copied, mixture
 from model.encoder import Encoder
@@ -98,6 +105,8 @@ class Model(PreTrainedModel):
     """
 
     config_class = Config
+    region_mean: Tensor
+    region_std: Tensor
     accepts_loss_kwargs = False  # the loss is a mean already
     main_input_name = "input_ids"
 
@@ -108,7 +117,7 @@ class Model(PreTrainedModel):
         self.position = nn.Embedding(config.max_position, width)
         self.hyper = nn.Embedding(NUM_SLOTS, width)
         self.modality = nn.Embedding(len(KINDS), width)
-        self.token_type = nn.Embedding(2, width)  # hyper, local
+        self.token_type = nn.Embedding(2, width)  # of hyper-tokens, of local-tokens
         self.region = nn.Linear(config.region_width, width)
         # Standardising is an affine map of the features, which the projection W_p absorbs:
         # it changes where training starts, not what the model can express.
@@ -154,7 +163,7 @@ class Model(PreTrainedModel):
         if settings.tokenizer == "characters":
             texts = [text for q in questions for text, _ in q.product.paragraphs]
             texts += [text for q in questions for text in (q.attribute, *q.values)]
-            tokenizer = character_tokenizer(texts)
+            tokenizer: PreTrainedTokenizerBase = character_tokenizer(texts)
         elif settings.tokenizer != "pretrained":
             tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(settings.tokenizer))
         elif path is None:
@@ -186,11 +195,8 @@ class Model(PreTrainedModel):
         return model, processor
 
     @torch.no_grad()
-    def load_pretrained(self, path: str, *, layers: bool, tokenizer) -> None:
-        """Word, position and type embeddings from a BERT checkpoint, by word; with `layers` also its layers.
-
-        Each pattern's Q and K start from the layer's Q and K, both V from its V.
-        """
+    def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Word and position embeddings from a BERT checkpoint, by word; with `layers` its layers too."""
         bert = AutoModel.from_pretrained(path)
         width = bert.config.hidden_size
         if width != self.config.hidden_size:
@@ -203,25 +209,8 @@ class Model(PreTrainedModel):
         known = min(self.config.max_position, embeddings.position_embeddings.num_embeddings)
         self.position.weight[:known] = embeddings.position_embeddings.weight[:known]
         self.embedding_norm.load_state_dict(embeddings.LayerNorm.state_dict())
-        if not layers:
-            return
-        if bert.config.num_hidden_layers < self.config.encoder_layers:
-            raise ValueError(
-                f"{path} has {bert.config.num_hidden_layers} layers, "
-                f"encoder_layers is {self.config.encoder_layers}"
-            )
-        for ours_layer, layer in zip(self.encoder.layers, bert.encoder.layer, strict=False):
-            attention = ours_layer.attention
-            for pattern in attention.patterns:
-                attention.query[pattern].load_state_dict(layer.attention.self.query.state_dict())
-                attention.key[pattern].load_state_dict(layer.attention.self.key.state_dict())
-            attention.value_local.load_state_dict(layer.attention.self.value.state_dict())
-            attention.value_hyper.load_state_dict(layer.attention.self.value.state_dict())
-            attention.output.load_state_dict(layer.attention.output.dense.state_dict())
-            ours_layer.attention_norm.load_state_dict(layer.attention.output.LayerNorm.state_dict())
-            ours_layer.intermediate.load_state_dict(layer.intermediate.dense.state_dict())
-            ours_layer.output.load_state_dict(layer.output.dense.state_dict())
-            ours_layer.output_norm.load_state_dict(layer.output.LayerNorm.state_dict())
+        if layers:
+            self.encoder.start_from(bert.encoder.layer)
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:
@@ -229,6 +218,7 @@ class Model(PreTrainedModel):
         products = {q.product.asin: q.product for q in questions if q.product.regions is not None}
         count, total, squares = 0, np.zeros(self.config.region_width), np.zeros(self.config.region_width)
         for product in products.values():
+            assert product.regions is not None
             features = product.regions.astype(np.float64)
             count += len(features)
             total += features.sum(0)

@@ -151,8 +151,8 @@ def fit(
     class Trainer(transformers.Trainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
-            self.model.eval()
-            rows = judge(self.model, processor, validation, self.args.eval_batch_size)
+            model.eval()
+            rows = judge(model, processor, validation, self.args.eval_batch_size)
             metrics["eval_f1"] = f1(rows, validation)
             self.log({"eval_f1": metrics["eval_f1"]})
             return metrics

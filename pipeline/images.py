@@ -149,7 +149,7 @@ def _network(settings: Settings) -> Callable[[list[str]], "list[Fetched]"]:
         )
 
     client = runner.run(connect())
-    atexit.register(lambda: runner.run(client.close()))
+    atexit.register(lambda: runner.run(client.session.close()))
     return lambda urls: runner.run(client.fetch_all(urls))
 
 

