@@ -1,0 +1,1 @@
+"""Speed of the parts, each beside a peer in the same run; `make bench`."""
