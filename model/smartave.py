@@ -144,10 +144,12 @@ class Model(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @classmethod
     def start(
@@ -214,20 +216,18 @@ class Model(PreTrainedModel):
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:
-        """Mean and standard deviation of the training products' region features, each product once."""
-        products = {q.product.asin: q.product for q in questions if q.product.regions is not None}
-        count, total, squares = 0, np.zeros(self.config.region_width), np.zeros(self.config.region_width)
-        for product in products.values():
-            assert product.regions is not None
-            features = product.regions.astype(np.float64)
-            count += len(features)
-            total += features.sum(0)
-            squares += (features**2).sum(0)
-        if count:
-            mean = total / count
-            std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+        """Mean and standard deviation of the whole-picture region over the training products.
+
+        Of that one and not of all: where a box stands changes features more than what the picture
+        shows, and would drown it.
+        """
+        products = {q.product.asin: q.product.regions for q in questions}
+        wholes = [regions[-1] for regions in products.values() if regions is not None]
+        if wholes:
+            features = np.stack(wholes).astype(np.float64)
+            std = features.std(0)
             std[std < 1e-6] = 1.0
-            self.region_mean.copy_(torch.from_numpy(mean))
+            self.region_mean.copy_(torch.from_numpy(features.mean(0)))
             self.region_std.copy_(torch.from_numpy(std))
 
     def embed(self, ids: Tensor, position: Tensor, kind: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def fit(
             lr_scheduler_type="linear",
             warmup_steps=cell.train.warmup_steps,
             max_grad_norm=cell.train.max_grad_norm,
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             weight_decay=0.0,  # which makes it the paper's Adam
             bf16=cell.train.precision == "bfloat16",
             seed=seed,
