@@ -254,7 +254,8 @@ class Model(PreTrainedModel):
         image = self.region(standard.to(self.region.weight.dtype)) + self.position(position[:, num_text:])
         image = image + self.token_type.weight[1] + self.modality(kind[:, num_text:])
         local = torch.cat([text, image], dim=1)
-        hyper = self.embedding_dropout(self.embedding_norm(hyper))
+        # Hyper-tokens enter small, as they are: normalised, they would outweigh what they gather.
+        hyper = self.embedding_dropout(hyper)
         local = self.embedding_dropout(self.embedding_norm(local))
         hyper, local = self.encoder(hyper, local, hyper_mask, segment)
         return hyper, local[:, :num_text]

@@ -55,13 +55,13 @@ ATTRIBUTES = {
         ("red", "green", "blue", "yellow", "black", "pink"),
         ("The bottle comes in {}.", "Filled into a {} bottle.", "You get one {} bottle."),
         ("Ships in a {} box.", "The gift ribbon is {}."),
-        {"visible": 0.44, "several": 0.31},
+        {"visible": 0.80, "several": 0.14},
     ),
     "Shape": Attribute(
         ("round", "square", "star", "heart", "triangle"),
         ("The bottle is {} shaped.", "It stands on the shelf as a {} bottle.", "Known for its {} outline."),
         (),
-        {"visible": 0.44, "several": 0.26},
+        {"visible": 0.80, "several": 0.14},
     ),
     "Brand": Attribute(
         ("Harbor", "Willow", "Summit", "Falcon", "Meadow", "Comet", "Orchid", "Atlas"),
