@@ -107,7 +107,7 @@ def test_another_number_of_boxes_reruns_regions_and_what_stands_on_it(real_graph
 
 def test_a_setting_of_one_model_reruns_its_cells_only(real_graph: Any) -> None:
     files = rewritten({"dropout": 0.25}, "models", "smartave-text")
-    assert files == {"config/sample/models/smartave-text.json"}
+    assert files == {f"config/{corpus}/models/smartave-text.json" for corpus in PARAMS["corpora"]}
     assert rerun_by(real_graph, files) == {*cells("smartave-text"), "report"}
 
 
@@ -139,6 +139,7 @@ def test_an_experiment_sets_one_model_through_dvc(workspace: Workspace) -> None:
     setting = "+models.smartave-text.dropout=0.25"
     workspace.run("dvc", "exp", "run", "--set-param", setting, "config")
     changed = workspace.run("git", "diff", "--name-only").stdout.split()
-    assert set(changed) - {"dvc.lock"} == {"params.yaml", "config/sample/models/smartave-text.json"}
+    resolved = {f"config/{corpus}/models/smartave-text.json" for corpus in PARAMS["corpora"]}
+    assert set(changed) - {"dvc.lock"} == {"params.yaml", *resolved}
     again = workspace.run("dvc", "repro", "config")
     assert "Stage 'config' didn't change, skipping" in again.stdout

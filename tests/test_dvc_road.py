@@ -46,6 +46,7 @@ SAMPLE = {
 
 def params(workspace: Workspace, change: Callable[[dict[str, Any]], None]) -> None:
     path, yaml = workspace.folder / "params.yaml", YAML()
+    yaml.preserve_quotes = True
     content = yaml.load(path.read_text())
     change(content)
     with path.open("w") as file:

@@ -125,7 +125,7 @@ def test_whatever_changes_a_byte_changes_the_fingerprint(monkeypatch, tmp_path):
     def made_with(**changed: object) -> str:
         return json.dumps(regions.job("sample", regions.Settings(**changed)).made_with(), sort_keys=True)
 
-    variants = [{}, {"max_boxes": 9}, {"seed": 1}, {"short_side_px": 600}, {"variant": "fpn"}, {"threads": 1}]
+    variants = [{}, {"max_boxes": 9}, {"seed": 1}, {"short_side_px": 600}, {"variant": "fpn"}, {"threads": 2}]
     variants += [{"nms_iou": 0.4}, {"grid": True}, {"weights": str(weights)}]
     told = [made_with(**changed) for changed in variants]
     weights.write_bytes(b"two")

@@ -103,7 +103,7 @@ def test_a_model_takes_what_its_base_then_its_own_entry_say() -> None:
         ({"ocr__canvas": 3}, "ocr.canvas is not a setting that exists"),
         ({"orc": {}}, "orc is not a section that exists"),
         ({"ocr": 3}, "ocr must be a mapping, got 3"),
-        ({"run__corpora": ["nope"]}, "run.corpora.0 must be one of sample, got 'nope'"),
+        ({"run__corpora": ["nope"]}, "run.corpora.0 must be one of sample, mave, mepave, got 'nope'"),
         ({"run__corpora": []}, "run.corpora list should have at least 1 item"),
         ({"run__models": ["bert"]}, "run.models.0 must be one of smartave, smartave-text"),
         ({"run__seeds": [-1]}, "run.seeds.0 must be >= 0 and < 4294967296, got -1"),

@@ -245,7 +245,7 @@ def test_too_few_test_values_are_refused_with_what_is_short(
     settings: sample.Settings, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"at least 40 values of every origin, but .*visible has \d+.*raise products"
+        ValueError, match=r"at least 40 values of every origin, but .*printed has \d+.*raise products"
     ):
         sample.generate(settings, tmp_path)
     assert not list(tmp_path.iterdir())
