@@ -152,10 +152,10 @@ def test_killed_in_images_ocr_and_regions_the_next_run_ends_with_the_same_bytes(
         def enough(stage: str = stage, shards: int = shards) -> bool:
             return len(list(store.glob(f"{stage}/*/*.json"))) >= shards
 
-        kill_when(workspace, enough, "dvc", "repro", "regions")
+        kill_when(workspace, enough, "dvc", "repro", "ocr", "regions")
         assert not (workspace.folder / "data/sample" / stage / "manifest.json").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in store.glob("*/*/*.json")}
-    workspace.run("dvc", "repro", "regions", timeout=600)
+    workspace.run("dvc", "repro", "ocr", "regions", timeout=600)
     assert all(
         (path.stat().st_mtime_ns == finished[path.name])
         for path in store.glob("*/*/*.json")
