@@ -1,7 +1,7 @@
 """One encoder layer, forward and backward, beside a dense BERT layer of the same width and tokens.
 
 The reference form masks dense scores, so nothing is won over BERT yet; this is the line that the packed
-form has to beat. The mix of segments is that of docs/design.md's Benchmarks: title 5 %, description 35 %,
+form has to beat. The mix of segments: title 5 %, description 35 %,
 five bullets of 8 %, OCR 10 %, image 10 %.
 """
 
