@@ -4,7 +4,9 @@ Shapes: B batch, Y output tokens, T copyable text tokens, D width, V vocabulary,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +34,86 @@ class CopyDecoder(nn.Module):
         self.copy_key = nn.Linear(hidden_size, hidden_size)
         self.gate = nn.Linear(3 * hidden_size, 1)
 
+    def remember(self, memory: Tensor, text: Tensor, text_mask: Tensor) -> "Memory":
+        """What does not depend on the output: (B, D), (B, T, D), and (B, T) True where a token may be copied.
+
+        Attention over one token weighs it with 1 whatever the query is, so cross-attention is a constant of
+        each layer.
+        """
+        constants = []
+        for layer in self.layers:
+            _, _, value = layer.multihead_attn.in_proj_weight.chunk(3)
+            bias = layer.multihead_attn.in_proj_bias.chunk(3)[2]
+            read = nn.functional.linear(memory, value, bias)
+            constants.append(layer.multihead_attn.out_proj(read)[:, None])
+        return Memory(constants, text, self.copy_key(text).transpose(1, 2), text_mask)
+
     def forward(
-        self, embedded: Tensor, memory: Tensor, text: Tensor, text_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (B, Y, D), copy weights (B, Y, T) and gate logits (B, Y).
+        self, embedded: Tensor, memory: "Memory", past: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """States (B, Y, D), copy weights (B, Y, T), gate logits (B, Y), and the `past` of the next tokens.
 
         Args:
-            embedded: (B, Y, D), the output so far, begin token first.
-            memory: (B, 1, D).
-            text: (B, T, D), encoded text tokens.
-            text_mask: (B, T) bool, True where a token may be copied. Without any, the gate is shut.
+            embedded: (B, Y, D), the output so far, begin token first; with `past` one more token of each of
+                Y hypotheses of the example.
+            memory: of B examples. Where nothing may be copied, the gate is shut.
+            past: keys and values of earlier tokens of each hypothesis, one (2, B * Y, H, t, D/H) per layer.
         """
-        causal = torch.ones(2 * embedded.shape[1:2], dtype=torch.bool, device=embedded.device).triu(1)
-        states = self.transformer(embedded, memory, tgt_mask=causal)
-        scores = self.copy_query(states) @ self.copy_key(text).transpose(1, 2)
-        copy = masked_softmax(scores.float() / math.sqrt(text.shape[-1]), text_mask[:, None])
-        context = copy.to(text.dtype) @ text
-        gate = self.gate(torch.cat([context, states, embedded], dim=-1)).squeeze(-1).float()
-        nothing_to_copy = ~text_mask.any(dim=1, keepdim=True)
-        return states, copy, gate.masked_fill(nothing_to_copy, 30.0)
+        x, present = embedded, []
+        for index, layer in enumerate(self.layers):
+            attended, kept = self_attention(layer.self_attn, x, past[index] if past is not None else None)
+            present.append(kept)
+            x = layer.norm1(x + layer.dropout1(attended))
+            x = layer.norm2(x + layer.dropout2(memory.constants[index]))
+            inner = layer.linear2(layer.dropout(nn.functional.gelu(layer.linear1(x))))
+            x = layer.norm3(x + layer.dropout3(inner))
+        scores = (self.copy_query(x) @ memory.keys).float() / math.sqrt(x.shape[-1])
+        copy = masked_softmax(scores, memory.text_mask[:, None])
+        context = copy.to(memory.text.dtype) @ memory.text
+        gate = self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1).float()
+        nothing_to_copy = ~memory.text_mask.any(dim=1, keepdim=True)
+        return x, copy, gate.masked_fill(nothing_to_copy, 30.0), present
+
+    def no_past(self, num_hypotheses: int) -> list[Tensor]:
+        """The `past` of hypotheses that have no token yet."""
+        weight, heads = self.gate.weight, self.transformer.layers[0].self_attn.num_heads
+        return [weight.new_zeros(2, num_hypotheses, heads, 0, self.copy_key.in_features // heads)] * len(
+            self.transformer.layers
+        )
+
+    @property
+    def layers(self) -> Iterable[nn.TransformerDecoderLayer]:
+        return cast(Iterable[nn.TransformerDecoderLayer], self.transformer.layers)
+
+
+def self_attention(attention: nn.MultiheadAttention, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of (B, Y, D) with the weights of `attention`; see `CopyDecoder.forward` for `past`."""
+    heads = attention.num_heads
+    projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    if past is None:
+        queries, keys, values = projected.unflatten(-1, (3, heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # (B, H, Y, D/H)
+    else:
+        new = (
+            projected.flatten(0, 1).unflatten(-1, (3, heads, 1, -1)).transpose(0, 1)
+        )  # (3, B * Y, H, 1, D/H)
+        queries, (keys, values) = new[0], torch.cat([past, new[1:]], dim=3)
+    dropout = attention.dropout if attention.training else 0.0
+    z = nn.functional.scaled_dot_product_attention(
+        queries, keys, values, dropout_p=dropout, is_causal=past is None
+    )
+    return attention.out_proj(z.transpose(1, 2).reshape(x.shape)), torch.stack([keys, values])
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What the decoder reads of B examples."""
+
+    constants: list[Tensor]  # per layer what cross-attention gives, (B, 1, D)
+    text: Tensor  # (B, T, D)
+    keys: Tensor  # (B, D, T)
+    text_mask: Tensor  # (B, T)
 
 
 def log_copied(copy: Tensor, text_ids: Tensor, targets: Tensor) -> Tensor:
@@ -59,14 +122,21 @@ def log_copied(copy: Tensor, text_ids: Tensor, targets: Tensor) -> Tensor:
     return (copy * matches).sum(-1).clamp_min(torch.finfo(copy.dtype).tiny).log()
 
 
-def mixture(vocabulary_log_probs: Tensor, copy: Tensor, gate: Tensor, text_ids: Tensor) -> Tensor:
-    """Log-probabilities over the vocabulary, generated or copied: (B, V), (B, T), (B,), (B, T) to (B, V)."""
-    copied = torch.zeros_like(vocabulary_log_probs).scatter_add(1, text_ids, copy)
-    log_copy = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
-    generate = nn.functional.logsigmoid(gate)[:, None]
-    return torch.logaddexp(
-        generate + vocabulary_log_probs, nn.functional.logsigmoid(-gate)[:, None] + log_copy
+def mixture(vocabulary_log_probs: Tensor, copied: Tensor, gate: Tensor, text_ids: Tensor) -> Tensor:
+    """Log-probabilities over the vocabulary, generated or copied, (B, W, V).
+
+    Args:
+        vocabulary_log_probs: (B, W, V).
+        copied: (B, W, T), for each text token the probability to copy its word, from wherever it stands.
+        gate: (B, W) logits.
+        text_ids: (B, T).
+    """
+    generated = vocabulary_log_probs + nn.functional.logsigmoid(gate)[..., None]
+    log_copied = (
+        copied.clamp_min(torch.finfo(copied.dtype).tiny).log() + nn.functional.logsigmoid(-gate)[..., None]
     )
+    at = text_ids[:, None].expand_as(copied)
+    return generated.scatter(-1, at, torch.logaddexp(generated.gather(-1, at), log_copied))
 
 
 def beam_search(
@@ -82,36 +152,35 @@ def beam_search(
     """The `width` most probable outputs found, without length normalisation.
 
     Args:
-        step: maps prefixes (B * W, t), which start with `begin`, and their rows (B * W,) in 0..B-1
-            to next-token log-probabilities (B * W, V).
+        step: maps the last tokens of the hypotheses (B, W), at first `begin`, and the hypothesis of the step
+            before that each goes on from, as a row of (B * W) in (B, W), to next-token log-probabilities
+            (B, W, V), which are overwritten.
         max_length: tokens before the end token, which is forced after that many.
 
     Returns:
         tokens (B, W, max_length + 1), filled with `end` after the first one, and log-probabilities
         (B, W), best first; a hypothesis that does not exist has -inf.
     """
-    rows = torch.arange(batch_size, device=device).repeat_interleave(width)
-    prefixes = torch.full((batch_size, width, 1), begin, device=device)
+    first = torch.arange(batch_size, device=device)[:, None] * width  # of each example's rows
+    last = torch.full((batch_size, width), begin, device=device)
+    parent = torch.arange(width, device=device).expand(batch_size, width)
+    tokens = torch.full((batch_size, width, max_length + 1), end, device=device)
     scores = torch.full((batch_size, width), -math.inf, device=device)
     scores[:, 0] = 0.0
+    finished = torch.zeros_like(last, dtype=torch.bool)
     for position in range(max_length + 1):
-        log_probs = step(prefixes.flatten(0, 1), rows).float().unflatten(0, (batch_size, width))
-        if position == max_length:
-            only_end = torch.full_like(log_probs, -math.inf)
-            only_end[..., end] = log_probs[..., end]
-            log_probs = only_end
-        finished = (prefixes[..., 1:] == end).any(-1)  # (B, W)
-        stay = torch.full_like(log_probs[0, 0], -math.inf)
-        stay[end] = 0.0
-        log_probs = torch.where(finished[..., None], stay, log_probs)
+        log_probs = step(last, first + parent).float().contiguous()
         vocabulary = log_probs.shape[-1]
-        scores, best = (scores[..., None] + log_probs).flatten(1).topk(width, dim=1)
-        parent, token = best // vocabulary, best % vocabulary
-        prefixes = torch.cat(
-            [prefixes.gather(1, parent[..., None].expand(-1, -1, position + 1)), token[..., None]], dim=-1
-        )
-        if (prefixes[..., 1:] == end).any(-1).all():
+        only_end = torch.arange(vocabulary, device=device) == end
+        if position == max_length:
+            log_probs.masked_fill_(~only_end, -math.inf)
+        log_probs[finished] = torch.where(only_end, 0.0, -math.inf)
+        likely, word = log_probs.topk(min(width, vocabulary))  # the best of all are among the best of each
+        scores, best = (scores[..., None] + likely).flatten(1).topk(width, dim=1)
+        parent, last = best // likely.shape[-1], word.flatten(1).gather(1, best)
+        tokens = tokens.gather(1, parent[..., None].expand_as(tokens))
+        tokens[..., position] = last
+        finished = finished.gather(1, parent) | (last == end)
+        if finished.all():
             break
-    tokens = prefixes[..., 1:]
-    missing = max_length + 1 - tokens.shape[-1]
-    return nn.functional.pad(tokens, (0, missing), value=end), scores
+    return tokens, scores

@@ -1,5 +1,8 @@
 """The structured encoder of SMARTAVE (section 3.4, appendix A), in reference form.
 
+It follows the paper's formulas and spends what a dense layer spends; `model.packed` computes the
+same from the same parameters without padding, and is what runs.
+
 Shapes: B batch, N hyper-tokens, L local-tokens, D width, H heads.
 Masks are boolean, True where attention is allowed. `segment[b, l]` is the hyper-token that
 local-token `l` belongs to, -1 where `l` is padding; `hyper_mask[b, n]` is False at padding.
@@ -132,14 +135,14 @@ class EncoderLayer(nn.Module):
         ):
             ours.load_state_dict(source.state_dict())
 
-    def _feed_forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, z: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(z))
         y = self.output(nn.functional.gelu(self.intermediate(x)))
         return self.output_norm(x + self.dropout(y))
 
     def forward(self, hyper: Tensor, local: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         z_hyper, z_local = self.attention(hyper, local, masks)
-        return self._feed_forward(hyper, z_hyper), self._feed_forward(local, z_local)
+        return self.feed_forward(hyper, z_hyper), self.feed_forward(local, z_local)
 
 
 class Encoder(nn.Module):

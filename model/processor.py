@@ -259,7 +259,7 @@ class Processor:
             decoder_input_ids, targets (B, Y), targets IGNORED at padding.
         """
         batch = len(examples)
-        num_text = max(sum(len(segment.ids) for segment in example.segments) for example in examples)
+        num_text = max(1, *(sum(len(segment.ids) for segment in example.segments) for example in examples))
         num_regions = max(len(example.regions) for example in examples)
         num_hyper = max(len(example.segments) + (len(example.regions) > 0) for example in examples)
         num_output = max(len(example.targets) for example in examples)

@@ -4,7 +4,7 @@ Shapes: B batch, N hyper-tokens, T text tokens, R regions, L = T + R local-token
 Y output tokens, S text segments. Masks are True where something is there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from model.decoder import CopyDecoder, beam_search, log_copied, mixture
+from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture
 from model.encoder import Encoder
 from model.examples import Extraction, Question
+from model.packed import pack, packed_encoder
 from model.processor import IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
 from model.tagging import Tagger
 from pipeline import params
@@ -49,6 +50,7 @@ class Settings(params.Settings):
     max_output_length: int = Field(10, ge=1)
     beam_width: int = Field(5, ge=1)
     alpha: float = Field(0.6, ge=0)
+    packed: bool = True  # false: the encoder in reference form, the same numbers slower
 
 
 class Config(PretrainedConfig):
@@ -72,6 +74,7 @@ class Config(PretrainedConfig):
         max_output_length: int = 10,
         beam_width: int = 5,
         alpha: float = 0.6,
+        packed: bool = True,
         begin_token: int = 101,
         end_token: int = 102,
         **kwargs,
@@ -81,6 +84,7 @@ class Config(PretrainedConfig):
         self.encoder_layers, self.encoder_heads = encoder_layers, encoder_heads
         self.decoder_layers, self.decoder_heads = decoder_layers, decoder_heads
         self.max_output_length, self.beam_width, self.alpha = max_output_length, beam_width, alpha
+        self.packed = packed
         self.begin_token, self.end_token = begin_token, end_token
         super().__init__(**kwargs)
 
@@ -230,9 +234,31 @@ class Model(PreTrainedModel):
             self.region_mean.copy_(torch.from_numpy(features.mean(0)))
             self.region_std.copy_(torch.from_numpy(std))
 
-    def embed(self, ids: Tensor, position: Tensor, kind: Tensor) -> Tensor:
-        """Word, type and modality embedding; positions restart in each segment (section 3.3)."""
-        return self.word(ids) + self.position(position) + self.token_type.weight[1] + self.modality(kind)
+    def words(self, ids: Tensor) -> Tensor:
+        """Word embeddings (..., D).
+
+        The output matrix, which is the same, has a dense gradient; to it this one is added as rows, and not
+        as two more matrices that are zero almost everywhere.
+        """
+        return nn.functional.embedding(ids, self.word.weight, sparse=True)
+
+    def embed_local(
+        self, at: Tensor, input_ids: Tensor, regions: Tensor, position: Tensor, kind: Tensor
+    ) -> Tensor:
+        """Local-tokens at the flat places `at` of (B, L), as (len(at), D).
+
+        Word or projected region, position, type and modality (section 3.3); positions restart in segments.
+        """
+        num_text, num_regions = input_ids.shape[1], regions.shape[1]
+        row, column = at // (num_text + num_regions), at % (num_text + num_regions)
+        local = self.words(input_ids[row, column.clamp_max(num_text - 1)])
+        image = (column >= num_text).nonzero().flatten()
+        features = regions[row[image], column[image] - num_text]
+        standard = (features - self.region_mean) / self.region_std
+        local = local.index_copy(0, image, self.region(standard.to(self.region.weight.dtype)).to(local.dtype))
+        position, kind = position.flatten()[at], kind.flatten()[at]
+        local = local + self.position(position) + self.token_type.weight[1] + self.modality(kind)
+        return self.embedding_dropout(self.embedding_norm(local))
 
     def encode(
         self,
@@ -244,31 +270,39 @@ class Model(PreTrainedModel):
         segment: Tensor,
         position: Tensor,
         regions: Tensor,
+        copy_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Encoded hyper-tokens (B, N, D) and text tokens (B, T, D); the attribute's hyper-token is first."""
-        num_text = input_ids.shape[1]
-        kind = hyper_kind.gather(1, segment.clamp_min(0))  # (B, L)
-        hyper = self.hyper(hyper_slot) + self.token_type.weight[0] + self.modality(hyper_kind)
-        text = self.embed(input_ids, position[:, :num_text], kind[:, :num_text])
-        standard = (regions - self.region_mean) / self.region_std
-        image = self.region(standard.to(self.region.weight.dtype)) + self.position(position[:, num_text:])
-        image = image + self.token_type.weight[1] + self.modality(kind[:, num_text:])
-        local = torch.cat([text, image], dim=1)
-        # Hyper-tokens enter small, as they are: normalised, they would outweigh what they gather.
-        hyper = self.embedding_dropout(hyper)
-        local = self.embedding_dropout(self.embedding_norm(local))
-        hyper, local = self.encoder(hyper, local, hyper_mask, segment)
-        return hyper, local[:, :num_text]
+        """The encoded hyper-token of the attribute (B, D), which is first, and text tokens (B, T, D).
 
-    def decode_step(
-        self, prefix: Tensor, memory: Tensor, text: Tensor, copy_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vocabulary log-probabilities (B, Y, V), copy weights (B, Y, T), gate logits (B, Y)."""
-        positions = torch.arange(prefix.shape[1], device=prefix.device)
-        embedded = self.embedding_norm(self.word(prefix) + self.position(positions))
-        states, copy, gate = self.decoder(self.embedding_dropout(embedded), memory, text, copy_mask)
+        Of text tokens those where `copy_mask` is True are used: the others have no defined content.
+        """
+        batch, num_text = input_ids.shape
+        # Hyper-tokens enter small, as they are: normalised, they would outweigh what they gather.
+        hyper = self.hyper(hyper_slot) + self.token_type.weight[0] + self.modality(hyper_kind)
+        hyper = self.embedding_dropout(hyper)
+        kind = hyper_kind.gather(1, segment.clamp_min(0))  # (B, L)
+        if self.config.packed:
+            packing = pack(hyper_mask, segment)
+            local = self.embed_local(packing.local_at, input_ids, regions, position, kind)
+            used = torch.zeros_like(hyper_mask), torch.zeros_like(segment, dtype=torch.bool)
+            used[0][:, 0], used[1][:, :num_text] = True, copy_mask
+            hyper = hyper.flatten(0, 1).index_select(0, packing.hyper_at)
+            encoded = packed_encoder(self.encoder, hyper, local, packing, keep=packing.pack(*used))
+            hyper, text = packing.unpack(*encoded, num_text)
+            return hyper[:, 0], text
+        everywhere = torch.arange(segment.numel(), device=segment.device)
+        local = self.embed_local(everywhere, input_ids, regions, position, kind).unflatten(0, (batch, -1))
+        hyper, local = self.encoder(hyper, local, hyper_mask, segment)
+        return hyper[:, 0], local[:, :num_text]
+
+    def embed_output(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Output tokens (B, Y) at positions (Y,) as (B, Y, D)."""
+        return self.embedding_dropout(self.embedding_norm(self.words(tokens) + self.position(position)))
+
+    def vocabulary(self, states: Tensor) -> Tensor:
+        """Log-probabilities to generate each word, (..., D) to (..., V)."""
         logits = nn.functional.linear(states, self.word.weight, self.vocabulary_bias)
-        return logits.float().log_softmax(-1), copy, gate
+        return logits.float().log_softmax(-1)
 
     def forward(
         self,
@@ -283,19 +317,38 @@ class Model(PreTrainedModel):
         **layout: Tensor,
     ) -> dict[str, Tensor]:
         """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate."""
-        hyper, text = self.encode(input_ids=input_ids, **layout)
-        log_probs, copy, gate = self.decode_step(decoder_input_ids, hyper[:, :1], text, copy_mask)
-        wanted = targets.clamp_min(0)
-        generated = log_probs.gather(-1, wanted[..., None]).squeeze(-1)
-        log_likelihood = torch.logaddexp(
-            nn.functional.logsigmoid(gate) + generated,
-            nn.functional.logsigmoid(-gate) + log_copied(copy, input_ids, wanted),
+        attribute, text = self.encode(input_ids=input_ids, copy_mask=copy_mask, **layout)
+        memory = self.decoder.remember(attribute, text, copy_mask)
+        states, copy, gate, _ = self.decoder(
+            self.embed_output(decoder_input_ids, torch.arange(targets.shape[1], device=targets.device)),
+            memory,
         )
-        decoder_loss = -log_likelihood[targets != IGNORED].mean()
+        asked = targets != IGNORED  # the vocabulary is wide: only for tokens that count
+        wanted = targets[asked]
+        generated = self.vocabulary(states[asked]).gather(-1, wanted[:, None]).squeeze(-1)
+        copied = log_copied(copy, input_ids, targets)[asked]
+        log_likelihood = torch.logaddexp(
+            nn.functional.logsigmoid(gate[asked]) + generated, nn.functional.logsigmoid(-gate[asked]) + copied
+        )
+        decoder_loss = -log_likelihood.mean()
         states = text.flatten(0, 1)[tag_index]  # (S, M, D)
         tagging_loss = self.tagger.loss(states, tags, tag_mask)
         loss = decoder_loss + self.config.alpha * tagging_loss
         return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
+
+    def next_token(self, memory: Memory, input_ids: Tensor, width: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The step of `beam_search`; each hypothesis keeps the keys and values of its earlier tokens."""
+        past = self.decoder.no_past(len(input_ids) * width)
+        same = (input_ids[:, :, None] == input_ids[:, None, :]).to(memory.text.dtype)  # (B, T, T)
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal past
+            position = tokens.new_tensor([past[0].shape[3]])
+            past = [kept.index_select(1, parents.flatten()) for kept in past]
+            states, copy, gate, past = self.decoder(self.embed_output(tokens, position), memory, past)
+            return mixture(self.vocabulary(states), copy @ same, gate, input_ids)
+
+        return step
 
     @torch.no_grad()
     def extract(self, examples: Sequence[Encoded], processor: Processor) -> list[tuple[Extraction, ...]]:
@@ -303,15 +356,10 @@ class Model(PreTrainedModel):
         batch = {name: tensor.to(self.device) for name, tensor in processor.collate(examples).items()}
         input_ids, copy_mask = batch["input_ids"], batch["copy_mask"]
         names = ("hyper_slot", "hyper_kind", "hyper_mask", "input_ids", "segment", "position", "regions")
-        hyper, text = self.encode(**{name: batch[name] for name in names})
-        memory = hyper[:, :1]
-
-        def step(prefix: Tensor, rows: Tensor) -> Tensor:
-            log_probs, copy, gate = self.decode_step(prefix, memory[rows], text[rows], copy_mask[rows])
-            return mixture(log_probs[:, -1], copy[:, -1], gate[:, -1], input_ids[rows])
-
+        attribute, text = self.encode(copy_mask=copy_mask, **{name: batch[name] for name in names})
+        memory = self.decoder.remember(attribute, text, copy_mask)
         tokens, scores = beam_search(
-            step,
+            self.next_token(memory, input_ids, self.config.beam_width),
             batch_size=len(examples),
             width=self.config.beam_width,
             max_length=self.config.max_output_length,
@@ -321,9 +369,13 @@ class Model(PreTrainedModel):
         )
         best = tokens[:, 0]
         begins = torch.full_like(best[:, :1], self.config.begin_token)
-        log_probs, copy, gate = self.decode_step(
-            torch.cat([begins, best[:, :-1]], dim=1), memory, text, copy_mask
+        states, copy, gate, _ = self.decoder(
+            self.embed_output(
+                torch.cat([begins, best[:, :-1]], dim=1), torch.arange(best.shape[1], device=self.device)
+            ),
+            memory,
         )
+        log_probs = self.vocabulary(states)
         generated = gate.sigmoid() * log_probs.gather(-1, best[..., None]).squeeze(-1).exp()  # (B, Y)
         copied = (1 - gate.sigmoid())[..., None] * copy * (input_ids[:, None] == best[..., None])
         share = copied / (generated + copied.sum(-1)).clamp_min(1e-30)[..., None]  # (B, Y, T)

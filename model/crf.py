@@ -1,0 +1,65 @@
+"""A linear-chain CRF in log-depth, with the parameters of `torchcrf.CRF` and its results.
+
+torchcrf walks along the time axis and starts a dozen small kernels at each step. Here the products of
+transition matrices, which are associative, are taken in pairs: log2(T) steps, each over all of the axis.
+
+Shapes: B chains, T tokens, C tags. `mask` (B, T) is True where a token is, a prefix of every row, never
+empty.
+"""
+
+import torch
+from torch import Tensor
+from torchcrf import CRF
+
+IMPOSSIBLE = -1e30  # finite, since the gradient of a logsumexp over nothing but -inf is not a number
+
+
+class ScanCRF(CRF):
+    """`torchcrf.CRF(num_tags, batch_first=True)`, evaluated in float32 or better."""
+
+    def __init__(self, num_tags: int) -> None:
+        super().__init__(num_tags, batch_first=True)
+
+    def log_likelihood(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """Of each chain, (B,), from emissions (B, T, C) and tags (B, T)."""
+        return self.path_score(emissions, tags, mask) - self.log_partition(emissions, mask)
+
+    def path_score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """The unnormalised score of each chain's tags, (B,)."""
+        emitted = emissions.gather(2, tags[:, :, None]).squeeze(2) * mask
+        moved = self.transitions[tags[:, :-1], tags[:, 1:]] * mask[:, 1:]
+        last = tags.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+        ends = self.start_transitions[tags[:, 0]] + self.end_transitions[last]
+        return ends + emitted.sum(1) + moved.sum(1)
+
+    def log_partition(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """log sum exp of the scores of all paths of each chain, (B,)."""
+        nothing = torch.full_like(self.transitions, IMPOSSIBLE).fill_diagonal_(0)
+        steps = self.transitions + emissions[:, 1:, None, :]  # (B, T - 1, C, C), from tag to tag
+        steps = torch.where(mask[:, 1:, None, None], steps, nothing)
+        while steps.shape[1] > 1:
+            odd = steps[:, 2 * (steps.shape[1] // 2) :]
+            pairs = steps[:, : 2 * (steps.shape[1] // 2)].unflatten(1, (-1, 2))
+            first, then = pairs.unbind(2)
+            joined = (first[..., :, :, None] + then[..., None, :, :]).logsumexp(-2)
+            steps = torch.cat([joined, odd], dim=1)
+        score = self.start_transitions + emissions[:, 0]  # (B, C)
+        if steps.shape[1]:
+            score = (score[:, :, None] + steps[:, 0]).logsumexp(1)
+        return (score + self.end_transitions).logsumexp(1)
+
+    @torch.no_grad()
+    def best_paths(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """The most probable tags of each chain (B, T), by Viterbi for all chains at once; 0 after its end."""
+        score = self.start_transitions + emissions[:, 0]
+        came_from = []
+        stay = torch.arange(self.num_tags, device=emissions.device)
+        for step in range(1, emissions.shape[1]):
+            best, origin = (score[:, :, None] + self.transitions).max(1)
+            on = mask[:, step, None]
+            score = torch.where(on, best + emissions[:, step], score)
+            came_from.append(torch.where(on, origin, stay))
+        path = [(score + self.end_transitions).argmax(1)]
+        for origin in reversed(came_from):
+            path.append(origin.gather(1, path[-1][:, None]).squeeze(1))
+        return torch.stack(path[::-1], 1) * mask

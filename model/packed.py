@@ -1,0 +1,170 @@
+"""The structured encoder without padding: the same parameters and the same numbers as `model.encoder`.
+
+The hyper-tokens of a batch stand one after another in front of its local-tokens. Local-tokens stand
+segment by segment, segments sorted by length, so that those of one length are a dense block: local
+attention needs neither masks nor copies, and costs what the segments cost alone.
+
+Shapes: B batch, N hyper-tokens of an example, M of the batch, L local-tokens of an example, P of the
+batch, S segments that own local-tokens, D width, H heads. A group is (count, length): so many segments of
+so many tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.encoder import Encoder, EncoderLayer, StructuredAttention
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of a padded batch stand when packed."""
+
+    hyper_at: Tensor  # (M,) flat places in (B, N)
+    local_at: Tensor  # (P,) flat places in (B, L)
+    hyper_row: Tensor  # (B, N) packed places of hyper-tokens, 0 at padding
+    local_row: Tensor  # (B, L) packed places of local-tokens, 0 at padding
+    reads: Tensor  # (B, N, N) bool: the hyper-tokens that a hyper-token, and its local-tokens, attend to
+    owner: Tensor  # (S,) flat places in (B, N) of the hyper-tokens that own a segment
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def num_hyper(self) -> int:
+        return len(self.hyper_at)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Local-tokens of each group."""
+        return [count * length for count, length in self.groups]
+
+    def pack(self, hyper: Tensor, local: Tensor) -> Tensor:
+        """(B, N, ...) and (B, L, ...) to (M + P, ...)."""
+        return torch.cat([hyper.flatten(0, 1)[self.hyper_at], local.flatten(0, 1)[self.local_at]])
+
+    def unpack(self, hyper: Tensor, local: Tensor, num_local: int | None = None) -> tuple[Tensor, Tensor]:
+        """(M, D) and (P, D) to (B, N, D) and the first `num_local` of (B, L, D); what stands at padding is
+        finite and means nothing."""
+        padded = []
+        for packed, row in ((hyper, self.hyper_row), (local, self.local_row[:, :num_local])):
+            padded.append(packed.index_select(0, row.flatten()).unflatten(0, row.shape))
+        return padded[0], padded[1]
+
+
+def pack(hyper_mask: Tensor, segment: Tensor) -> Packing:
+    """The packing of a padded batch, (B, N) bool and (B, L) with -1 at padding.
+
+    Local-tokens of a segment keep their order. `segment = [[0, 2, 0, 0], [1, 1, 0, -1]]` has segments
+    of 3, 1, 2 and 1 tokens, which stand as
+
+        row 0 segment 2 | row 1 segment 0 | row 1 segment 1 | row 0 segment 0
+             1          |        6        |      4  5       |     0  2  3        flat places in (B, L)
+
+    and give the groups (2, 1), (1, 2), (1, 3).
+    """
+    batch, num_hyper = hyper_mask.shape
+    base = torch.arange(batch, device=segment.device)[:, None] * num_hyper
+    places = (segment >= 0).flatten().nonzero().flatten()
+    owner = (segment + base).flatten()[places]  # of each local-token
+    size = owner.bincount(minlength=batch * num_hyper)
+    order = (size[owner] * size.numel() + owner).argsort(stable=True)
+    owners = size.nonzero().flatten()
+    owners = owners[size[owners].argsort(stable=True)]
+    lengths, counts = size[owners].unique_consecutive(return_counts=True)
+    hyper_at, local_at = hyper_mask.flatten().nonzero().flatten(), places[order]
+    pairs = hyper_mask[:, :, None] & hyper_mask[:, None, :]
+    return Packing(
+        hyper_at=hyper_at,
+        local_at=local_at,
+        hyper_row=inverse(hyper_at, hyper_mask.numel()).view_as(hyper_mask),
+        local_row=inverse(local_at, segment.numel()).view_as(segment),
+        # Padding reads itself, so that no softmax is over nothing.
+        reads=pairs | torch.eye(num_hyper, dtype=torch.bool, device=pairs.device),
+        owner=owners,
+        groups=tuple(zip(counts.tolist(), lengths.tolist(), strict=True)),
+    )
+
+
+def inverse(places: Tensor, size: int) -> Tensor:
+    """`row` (size,) with `row[places[i]] = i`, and 0 elsewhere."""
+    return places.new_zeros(size).index_copy(0, places, torch.arange(len(places), device=places.device))
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, dropout: nn.Dropout, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of (.., Q, D/H) over (.., K, D/H); `mask` has no empty row."""
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return dropout(scores.softmax(dim=-1)) @ values
+
+
+def project(x: Tensor, *layers: Any) -> Tensor:
+    """Several linear maps of the same tokens as one product, side by side in the last axis."""
+    weight = torch.cat([layer.weight for layer in layers])
+    return nn.functional.linear(x, weight, torch.cat([layer.bias for layer in layers]))
+
+
+def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
+    """The four patterns over packed tokens, (M + P, D) to the same, before the output projection."""
+    heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
+    hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
+
+    # (M, .) and (P, .); the hyper-tokens' own, those that local-tokens read, and the query for H2L
+    of_hyper = project(hyper, query["h2h"], key["h2h"], key["l2h"], attention.value_hyper, query["h2l"])
+    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"])
+
+    batch, num_hyper = packing.hyper_row.shape
+    dense = of_hyper.index_select(0, packing.hyper_row.flatten()).view(batch, num_hyper, 5, heads, -1)
+    queries, keys, _, values, _ = dense.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+    z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
+    z_hyper = z_hyper.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    counts = [count for count, _ in packing.groups]
+    read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper)  # (S, N, 2, H, D/H)
+    asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
+    mask = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
+    gathered, z_local = [], []
+    for block, of_hypers, ask, reads, (count, length) in zip(
+        of_local.split(packing.blocks),
+        read.split(counts),
+        asks.split(counts),
+        mask.split(counts),
+        packing.groups,
+        strict=True,
+    ):
+        queries, keys, values, to_hyper, to_local = block.view(count, length, 5, heads, -1).permute(
+            2, 0, 3, 1, 4
+        )
+        keys_of_hyper, values_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
+        z = attend(queries, keys, values, dropout)
+        z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, reads)
+        z_local.append(z.transpose(1, 2).reshape(count * length, -1))
+        gathered.append(attend(ask[:, :, None], to_local, values, dropout).flatten(1))  # (S, D)
+    if gathered:
+        z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
+    return torch.cat([z_hyper.index_select(0, packing.hyper_at), *z_local])
+
+
+def packed_encoder(
+    encoder: Encoder, hyper: Tensor, local: Tensor, packing: Packing, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(M, D) and (P, D), placed by `packing`, to the encoded of the same shapes.
+
+    With `keep`, (M + P) bool, the last layer computes these tokens alone; the others are zero.
+    """
+    x = torch.cat([hyper, local])
+    last = len(encoder.layers) - 1
+    for index, layer in enumerate(encoder.layers):
+        assert isinstance(layer, EncoderLayer)
+        z = packed_attention(layer.attention, x, packing)
+        if keep is not None and index == last:
+            kept = keep.nonzero().flatten()
+            x, z = x.index_select(0, kept), z.index_select(0, kept)
+        x = layer.feed_forward(x, layer.attention.output(z))
+    if keep is not None:
+        x = x.new_zeros(len(keep), x.shape[1]).index_copy(0, kept, x)
+    return x[: packing.num_hyper], x[packing.num_hyper :]

@@ -1,0 +1,74 @@
+"""The log-depth CRF, against torchcrf's loop over time and against all paths."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchcrf import CRF
+
+from model.crf import ScanCRF
+
+chains = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+def batch(lengths, num_tags, seed):
+    """A CRF with large random parameters, emissions, tags and mask."""
+    torch.manual_seed(seed)
+    crf = ScanCRF(num_tags).double()
+    for parameter in crf.parameters():
+        torch.nn.init.normal_(parameter, std=3)
+    emissions = (3 * torch.randn(len(lengths), max(lengths), num_tags)).double().requires_grad_()
+    tags = torch.randint(num_tags, emissions.shape[:2])
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return crf, emissions, tags, mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains, st.integers(1, 4), st.integers(0, 2**31))
+def test_likelihoods_and_gradients_are_those_of_torchcrf(lengths, num_tags, seed):
+    crf, emissions, tags, mask = batch(lengths, num_tags, seed)
+    want = CRF.forward(crf, emissions, tags, mask, reduction="none")
+    got = crf.log_likelihood(emissions, tags, mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    weights = torch.randn_like(want)
+    inputs = [emissions, *crf.parameters()]
+    gradients = [torch.autograd.grad((x * weights).sum(), inputs, allow_unused=True) for x in (got, want)]
+    for ours, theirs in zip(*gradients, strict=True):
+        if theirs is None:  # transitions of chains of one token
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains, st.integers(1, 4), st.integers(0, 2**31))
+def test_best_paths_are_those_of_torchcrf(lengths, num_tags, seed):
+    crf, emissions, _, mask = batch(lengths, num_tags, seed)
+    best = crf.best_paths(emissions, mask)
+    assert [path[:n] for path, n in zip(best.tolist(), lengths, strict=True)] == crf.decode(emissions, mask)
+    assert not best[~mask].any()
+
+
+def test_sum_and_maximum_over_all_paths_of_a_small_chain():
+    crf, emissions, tags, mask = batch([4], 3, 0)
+    scores = {
+        path: crf.path_score(emissions, torch.tensor([path]), mask).item()
+        for path in itertools.product(range(3), repeat=4)
+    }
+    total = torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0)
+    torch.testing.assert_close(crf.log_partition(emissions, mask)[0], total)
+    assert tuple(crf.best_paths(emissions, mask)[0].tolist()) == max(scores, key=scores.__getitem__)
+    path = tags[0].tolist()
+    by_hand = crf.start_transitions[path[0]] + crf.end_transitions[path[-1]]
+    by_hand = by_hand + sum(emissions[0, i, tag] for i, tag in enumerate(path))
+    by_hand = by_hand + sum(crf.transitions[a, b] for a, b in itertools.pairwise(path))
+    assert scores[tuple(path)] == pytest.approx(by_hand.item(), abs=1e-12)
+
+
+def test_parameters_can_be_exchanged_with_torchcrf():
+    theirs = CRF(4, batch_first=True)
+    ours = ScanCRF(4)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())

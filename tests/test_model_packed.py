@@ -1,0 +1,106 @@
+"""The packed encoder: where tokens stand, and that it computes what the reference computes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.encoder import Encoder
+from model.packed import pack, packed_encoder
+
+SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
+
+# Per example, the number of local-tokens of each hyper-token; none is a modality that is empty.
+batches = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def padded(batch: list[list[int]], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """hyper_mask (B, N) and segment (B, L); the local-tokens of a row stand in any order."""
+    hyper_mask = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.bool)
+    segment = torch.full((len(batch), max(map(sum, batch))), -1)
+    for row, sizes in enumerate(batch):
+        hyper_mask[row, : len(sizes)] = True
+        own = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)], dtype=torch.long)
+        segment[row, : len(own)] = own[torch.randperm(len(own), generator=generator)]
+    return hyper_mask, segment
+
+
+def test_the_packing_of_two_rows_is_this():
+    hyper_mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+    segment = torch.tensor([[0, 2, 0, 0], [1, 1, 0, -1]])  # hyper-token 1 of row 0 owns nothing
+    packing = pack(hyper_mask, segment)
+    assert packing.hyper_at.tolist() == [0, 1, 2, 3, 4]
+    assert packing.hyper_row.tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert packing.local_at.tolist() == [1, 6, 4, 5, 0, 2, 3]
+    assert packing.local_row.tolist() == [[4, 0, 5, 6], [2, 3, 1, 0]]
+    assert packing.owner.tolist() == [2, 3, 4, 0]
+    assert packing.groups == ((2, 1), (1, 2), (1, 3))
+    assert packing.reads.int().tolist() == [
+        [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]],  # padding reads itself
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, st.integers(0, 2**31))
+def test_outputs_and_gradients_are_those_of_the_reference(batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hyper_mask, segment = padded(batch, generator)
+    torch.manual_seed(seed)
+    encoder = Encoder(**SIZES).double()
+    hyper = torch.randn(*hyper_mask.shape, 8, dtype=torch.float64, requires_grad=True)
+    local = torch.randn(*segment.shape, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(hyper), torch.randn_like(local)
+    packing = pack(hyper_mask, segment)
+
+    def reference():
+        return encoder(hyper, local, hyper_mask, segment)
+
+    def packed():
+        rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
+        return packing.unpack(*packed_encoder(encoder, *rows, packing))
+
+    found = []
+    for form in (reference, packed):
+        outputs = form()
+        real = [outputs[0][hyper_mask], outputs[1][segment >= 0]]
+        loss = (outputs[0] * weights[0])[hyper_mask].sum() + (outputs[1] * weights[1])[segment >= 0].sum()
+        inputs = [hyper, local, *encoder.parameters()]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        found.append((*real, *gradients))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_the_last_layer_may_leave_out_what_nobody_asks_for():
+    generator = torch.Generator().manual_seed(0)
+    hyper_mask, segment = padded([[2, 0, 3], [1, 4]], generator)
+    packing = pack(hyper_mask, segment)
+    torch.manual_seed(0)
+    encoder, hyper, local = Encoder(**SIZES), torch.randn(5, 8), torch.randn(10, 8)
+    keep = torch.arange(15) % 4 == 0
+    whole = torch.cat(packed_encoder(encoder, hyper, local, packing))
+    some = torch.cat(packed_encoder(encoder, hyper, local, packing, keep))
+    torch.testing.assert_close(some[keep], whole[keep])
+    assert not some[~keep].any()
+
+
+def test_unpacking_fewer_local_tokens_gives_the_first_ones():
+    packing = pack(torch.ones(1, 2, dtype=torch.bool), torch.tensor([[1, 1, 0]]))
+    local = torch.arange(3.0)[:, None]
+    _, all_of_them = packing.unpack(torch.zeros(2, 1), local)
+    assert all_of_them.flatten().tolist() == [1, 2, 0]
+    _, first = packing.unpack(torch.zeros(2, 1), local, 2)
+    assert first.flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("num_hyper", [1, 20])
+def test_a_batch_without_any_local_token_is_encoded(num_hyper):
+    torch.manual_seed(0)
+    hyper_mask, segment = torch.ones(2, num_hyper, dtype=torch.bool), torch.full((2, 3), -1)
+    encoder = Encoder(**SIZES)
+    hyper = torch.randn(2, num_hyper, 8)
+    packing = pack(hyper_mask, segment)
+    got, _ = packed_encoder(encoder, hyper.flatten(0, 1), torch.zeros(0, 8), packing)
+    want, _ = encoder(hyper, torch.zeros(2, 3, 8), hyper_mask, segment)
+    torch.testing.assert_close(got, want.flatten(0, 1))
