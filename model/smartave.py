@@ -39,6 +39,7 @@ class Settings(params.Settings):
     pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
     pretrained_layers: bool = False
     tokenizer: str = "pretrained"  # or another checkpoint's, or "characters": those of the training split
+    region_components: int | None = Field(None, ge=1)  # see Model.measure_regions; null: the features as such
     hidden_size: int = Field(768, ge=1)
     encoder_layers: int = Field(12, ge=1)
     encoder_heads: int = Field(12, ge=1)
@@ -64,6 +65,7 @@ class Config(PretrainedConfig):
         vocab_size: int = 30522,
         max_position: int = 1024,
         region_width: int = 2048,
+        region_components: int | None = None,
         hidden_size: int = 768,
         encoder_layers: int = 12,
         encoder_heads: int = 12,
@@ -79,7 +81,8 @@ class Config(PretrainedConfig):
         end_token: int = 102,
         **kwargs,
     ) -> None:
-        self.vocab_size, self.max_position, self.region_width = vocab_size, max_position, region_width
+        self.vocab_size, self.max_position = vocab_size, max_position
+        self.region_width, self.region_components = region_width, region_components
         self.hidden_size, self.intermediate_size, self.dropout = hidden_size, intermediate_size, dropout
         self.encoder_layers, self.encoder_heads = encoder_layers, encoder_heads
         self.decoder_layers, self.decoder_heads = decoder_layers, decoder_heads
@@ -110,7 +113,7 @@ class Model(PreTrainedModel):
 
     config_class = Config
     region_mean: Tensor
-    region_std: Tensor
+    region_axes: Tensor
     accepts_loss_kwargs = False  # the loss is a mean already
     main_input_name = "input_ids"
 
@@ -122,11 +125,11 @@ class Model(PreTrainedModel):
         self.hyper = nn.Embedding(NUM_SLOTS, width)
         self.modality = nn.Embedding(len(KINDS), width)
         self.token_type = nn.Embedding(2, width)  # of hyper-tokens, of local-tokens
-        self.region = nn.Linear(config.region_width, width)
-        # Standardising is an affine map of the features, which the projection W_p absorbs:
-        # it changes where training starts, not what the model can express.
+        components = config.region_components
+        self.region = nn.Linear(components or config.region_width, width)
         self.register_buffer("region_mean", torch.zeros(config.region_width))
-        self.register_buffer("region_std", torch.ones(config.region_width))
+        shape = (config.region_width, components) if components else (config.region_width,)
+        self.register_buffer("region_axes", torch.ones(shape))
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.encoder = Encoder(
@@ -220,19 +223,36 @@ class Model(PreTrainedModel):
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:
-        """Mean and standard deviation of the whole-picture region over the training products.
+        """Centre and scale of region features, from the whole pictures of the training products.
 
-        Of that one and not of all: where a box stands changes features more than what the picture
-        shows, and would drown it.
+        Of these and not of all regions: where a box stands changes features more than what the picture
+        shows, and would drown it. By default each feature gets unit variance. With `region_components`, so
+        many principal components get it, smaller ones less (variances below a thousandth of the largest are
+        raised to about that before dividing). Either way W_p absorbs the map: it changes where training
+        starts and how fast it goes, and with fewer components than features it leaves the smallest ones out.
         """
         products = {q.product.asin: q.product.regions for q in questions}
         wholes = [regions[-1] for regions in products.values() if regions is not None]
-        if wholes:
-            features = np.stack(wholes).astype(np.float64)
-            std = features.std(0)
-            std[std < 1e-6] = 1.0
-            self.region_mean.copy_(torch.from_numpy(features.mean(0)))
-            self.region_std.copy_(torch.from_numpy(std))
+        if not wholes:
+            return
+        features = np.stack(wholes).astype(np.float64)
+        centred = features - features.mean(0)
+        if self.region_axes.dim() == 1:
+            std = centred.std(0)
+            axes = 1 / np.where(std < 1e-6, 1.0, std)
+        else:
+            variances, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
+            variances, vectors = variances[::-1], vectors[:, ::-1]  # largest first
+            kept = min(self.region_axes.shape[1], int((variances > 1e-9 * variances[0]).sum()))
+            axes = np.zeros(self.region_axes.shape)
+            axes[:, :kept] = vectors[:, :kept] / np.sqrt(variances[:kept] + 1e-3 * variances[0])
+        self.region_mean.copy_(torch.from_numpy(features.mean(0)))
+        self.region_axes.copy_(torch.from_numpy(axes))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """(..., region_width) to what W_p takes, (..., region_components or region_width)."""
+        centred = features - self.region_mean
+        return centred @ self.region_axes if self.region_axes.dim() == 2 else centred * self.region_axes
 
     def words(self, ids: Tensor) -> Tensor:
         """Word embeddings (..., D).
@@ -254,8 +274,8 @@ class Model(PreTrainedModel):
         local = self.words(input_ids[row, column.clamp_max(num_text - 1)])
         image = (column >= num_text).nonzero().flatten()
         features = regions[row[image], column[image] - num_text]
-        standard = (features - self.region_mean) / self.region_std
-        local = local.index_copy(0, image, self.region(standard.to(self.region.weight.dtype)).to(local.dtype))
+        projected = self.region(self.standardise(features).to(self.region.weight.dtype))
+        local = local.index_copy(0, image, projected.to(local.dtype))
         position, kind = position.flatten()[at], kind.flatten()[at]
         local = local + self.position(position) + self.token_type.weight[1] + self.modality(kind)
         return self.embedding_dropout(self.embedding_norm(local))

@@ -170,8 +170,27 @@ def test_regions_are_standardised_by_the_whole_pictures_of_the_training_split(tr
     np.testing.assert_allclose(model.region_mean.numpy(), features.mean(0), atol=1e-6)
     used = features.std(0) > 0
     assert used.sum() == 4
-    np.testing.assert_allclose(model.region_std.numpy()[used], features.std(0)[used], rtol=1e-5)
-    assert (model.region_std.numpy()[~used] == 1).all()
+    np.testing.assert_allclose(1 / model.region_axes.numpy()[used], features.std(0)[used], rtol=1e-5)
+    assert (model.region_axes.numpy()[~used] == 1).all()
+
+
+def test_region_components_are_uncorrelated_and_none_is_larger_than_unit_variance():
+    rng = np.random.default_rng(0)
+    spread = np.array([30.0, 3.0, 1.0, 1e-4])
+    wholes = (rng.normal(size=(50, 4)) * spread) @ np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    asked = [
+        Question(
+            Product(str(i), str(i), "Mugs", (("A mug", "title"),), regions=whole[None]), "Color", ("red",)
+        )
+        for i, whole in enumerate(wholes)
+    ]
+    model, _ = Model.start(Settings(**TINY | {"region_components": 6}), asked, 4)
+    mapped = model.standardise(torch.tensor(wholes, dtype=torch.float32)).numpy()
+    variances = mapped.var(0)
+    expected = spread**2 / (spread**2 + 1e-3 * spread[0] ** 2)
+    np.testing.assert_allclose(variances[:3], expected[:3], rtol=0.4)
+    assert (variances[3:] < 1e-3).all()
+    np.testing.assert_allclose(np.cov(mapped[:, :3].T), np.diag(np.diag(np.cov(mapped[:, :3].T))), atol=1e-3)
 
 
 @pytest.mark.parametrize(
