@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve lock clean
+.PHONY: help demo test check soak bench serve lock clean
 
 PYTHON ?= python3.11
 READY := .venv/.from-lock
@@ -33,6 +33,12 @@ check: $(READY) ## style, types, import direction, layout
 	mypy
 	lint-imports --no-cache
 	python -m pytest tests/test_repository.py
+
+soak: $(READY) ## long sweeps of faults and damage, which `make test` leaves out
+	python -m pytest -m soak
+
+bench: $(READY) ## speed beside peers; NAME=join for one of them
+	python -m benchmarks $(NAME)
 
 serve: $(READY) ## Prefect server and deployments, until Ctrl-C
 	python -m pipeline.flows

@@ -4,6 +4,7 @@ The rules are those of MAVE's published cleaning step; paragraphs are numbered a
 Offsets hold for the pinned bs4 and Python only: both decide what a stray `<` means.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,9 +12,19 @@ from typing import Any
 from pipeline.schema import TEXT_SOURCES
 from pipeline.tally import Tally
 
-HTML_SIGNS = ("<a href", "javascript:", "background-color:", "background-image:", " li:", ".aloha")
+COLON_SIGNS = ("javascript:", "background-color:", "background-image:", " li:")
 CSS_SHARE = 0.3
 CSS_TOKENS = 20
+# Elements that hide no text and have no rules of their own in the parser (an end tag of br, hr, img has one).
+BOXES = "[abisu]|p|li|ul|ol|em|strong|span|div|font|table|tbody|tr|td|th|h[1-6]|center|small|big|dl|dt|dd"
+PLAIN_TAG = re.compile(
+    rf"""<(?:/(?:{BOXES})|(?:{BOXES}|br|hr|img)(?:\s+[a-z-]+="[^"<>&]*")*\s*/?)>""", re.IGNORECASE | re.ASCII
+)
+PLAIN_ENTITIES = {
+    **{"amp": "&", "lt": "<", "gt": ">", "quot": '"', "nbsp": "\xa0", "reg": "®", "trade": "™", "copy": "©"},
+    **{"bull": "•", "ndash": "–", "mdash": "—", "rsquo": "’", "lsquo": "‘", "rdquo": "”", "ldquo": "“"},
+    **{f"#{code}": chr(code) for code in range(32, 127)},
+}
 
 
 def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tuple[str, str]]:
@@ -41,21 +52,45 @@ def clean(raw: str, source: str) -> tuple[str, str | None]:
     """`(text, None)`, or `("", reason)` for a paragraph that is dropped."""
     if source == "title" and "getTime" in raw:
         return "", "title is a script dump"
-    text = raw.encode("utf-8", "ignore").decode("utf-8")
+    text = _without_surrogates(raw)
     # The parser passes text through as it is where neither of its two special characters occurs.
     if "<" in text or "&" in text:
         try:
-            text = without_markup(text)
+            text = _without_plain_markup(text) or without_markup(text)
         except ValueError:
             return "", "markup that cannot be parsed"
     text = " ".join(text.split())
     if not text:
         return "", "nothing but markup or blanks"
-    if any(sign in text for sign in HTML_SIGNS):
+    if is_html(text):
         return "", "html"
     if is_css(text):
         return "", "css"
-    return text.encode("utf-8", "ignore").decode("utf-8"), None
+    return _without_surrogates(text), None
+
+
+def _without_surrogates(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def _without_plain_markup(html: str) -> str | None:
+    """What `without_markup` gives, up to blanks, where every tag and entity is a plain one; else None.
+
+    The parser ends a piece of text at each tag, so a tag is a blank; its tree does not matter as long as
+    no element in it hides its text. Nine tenths of the markup in Amazon's texts is of this kind.
+    """
+    text = PLAIN_TAG.sub(" ", html)
+    if "<" in text:
+        return None
+    first, *others = text.split("&")
+    pieces = [first]
+    for other in others:
+        name, semicolon, rest = other.partition(";")
+        character = PLAIN_ENTITIES.get(name)
+        if not semicolon or character is None:
+            return None
+        pieces += character, rest
+    return "".join(pieces)
 
 
 def without_markup(html: str) -> str:
@@ -78,8 +113,18 @@ def without_markup(html: str) -> str:
     return " ".join(soup.stripped_strings)
 
 
+def is_html(text: str) -> bool:
+    """Whether one of the six signs of markup or script is left in the text."""
+    if "<a href" in text or ".aloha" in text:
+        return True
+    return ":" in text and any(sign in text for sign in COLON_SIGNS)
+
+
 def is_css(text: str) -> bool:
-    """Whether more than 20 tokens, and more than 30 % of them, look like CSS."""
+    """Whether more than 20 tokens, and more than 30 % of them, look like CSS; `text` has single blanks."""
+    count = text.count
+    if 1 + count(" .") + count(" #") + count(" div") + count("px") + count("-") // 2 <= CSS_TOKENS:
+        return False  # so many at most: nearly every text ends here
     tokens = text.split()
     num_css = sum(
         token.startswith((".", "#", "div")) or "px" in token or token.count("-") > 1 for token in tokens

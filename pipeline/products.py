@@ -10,10 +10,12 @@ One file: what happens to a row, from label and metadata to split, in that order
 import argparse
 import heapq
 import html
+import json
 import re
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +24,11 @@ from pydantic import Field, model_validator
 
 from pipeline import mave, mepave, params, schema
 from pipeline.disk import atomically, write_json
+from pipeline.labels import NONE, Labels, Spool
 from pipeline.split import Split, assign, rank
 from pipeline.tally import Tally
 
+Root = tuple[str, list[str]]  # name of the root category, image URLs
 IMAGE_KEYS = ("imageURLHighRes", "imageURL", "image")
 
 
@@ -71,45 +75,54 @@ def build(source: Path, corpus: str, settings: Settings, tally: Tally) -> list[d
 
 def mave_rows(source: Path, corpus: str, settings: Settings, tally: Tally) -> Iterator[dict[str, Any]]:
     """Rows in no particular order, not yet split, from labels/, metadata/ and roots/ below `source`."""
-    complete: dict[str, dict[str, Any]] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for _, where, _, label in mave.labels(_files(source / "labels"), tally):
-        if not schema.ID_PATTERNS[settings.kind].fullmatch(label["id"]):
-            tally.add("id is not an asin", where)
-        else:
-            _merge(complete if "paragraphs" in label else plain, label, where, tally)
-    for asin in sorted(complete.keys() & plain.keys()):
-        tally.add("repeated label", asin)
-        del plain[asin]
-    roots = _roots(source / "roots", complete.keys() | plain.keys(), tally)
-    for label in complete.values():
-        paragraphs = _given_paragraphs(label)
-        if paragraphs is None:
-            tally.add("paragraphs are not a list of text and source", label["id"])
-        elif not any(source == "title" and text.strip() for text, source in paragraphs):
-            tally.add("no title", label["id"])
-        elif row := _row(label, paragraphs, label, roots, corpus, settings, tally):
-            yield row
-    if not plain:
-        return
-    for record in mave.records(_files(source / "metadata"), plain.keys(), tally):
-        label = plain[record.metadata["asin"]]
-        if row := _row(label, record.paragraphs, record.metadata, roots, corpus, settings, tally):
-            yield row
+    files, pattern = _files(source / "labels"), schema.ID_PATTERNS[settings.kind]
+    with Labels(files, tally, source.parent, pattern) as labels, _Roots(source, labels, tally) as roots:
+        to_join: dict[bytes, int] = {}
+        for asin, product in labels.products.items():
+            full = [number for number in labels.numbers(product) if labels.is_full(number)]
+            if product not in roots:
+                tally.add("in no root", asin.decode())
+            elif not full:
+                to_join[asin] = product
+            elif row := _full_row(_merged(labels, full, tally), roots.of(product), corpus, settings, tally):
+                yield row
+            if full and len(full) < sum(1 for _ in labels.numbers(product)):
+                tally.add("repeated label", asin.decode())
+        for record in mave.records(_files(source / "metadata"), to_join, tally) if to_join else ():
+            label = _merged(labels, list(labels.numbers(record.product)), tally)
+            root = roots.of(record.product) or (root_category(record.metadata), image_urls(record.metadata))
+            if row := _row(label, record.paragraphs, root, corpus, settings, tally):
+                yield row
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
-def _merge(labels: dict[str, dict[str, Any]], label: dict[str, Any], where: str, tally: Tally) -> None:
+def _merged(labels: Labels, numbers: list[int], tally: Tally) -> dict[str, Any]:
     """Positives and negatives of one product stand in two files: unite their attributes."""
-    first = labels.setdefault(label["id"], label)
-    if first is label:
-        return
-    if first["category"] != label["category"]:
-        tally.add("two categories of one product", where)
-    first["attributes"] = first["attributes"] + label["attributes"]
+    first = labels.label(numbers[0]).row
+    for number in numbers[1:]:
+        other = labels.label(number)
+        if other.row["category"] != first["category"]:
+            tally.add("two categories of one product", other.where)
+        first["attributes"] += other.row["attributes"]
+    return first
+
+
+def _full_row(
+    label: dict[str, Any], root: Root | None, corpus: str, settings: Settings, tally: Tally
+) -> dict[str, Any] | None:
+    """The row of a label that carries its own paragraphs."""
+    paragraphs = _given_paragraphs(label)
+    if paragraphs is None:
+        tally.add("paragraphs are not a list of text and source", label["id"])
+    elif not any(source == "title" and text.strip() for text, source in paragraphs):
+        tally.add("no title", label["id"])
+    else:
+        root = root or (root_category(label), image_urls(label))
+        return _row(label, paragraphs, root, corpus, settings, tally)
+    return None
 
 
 def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
@@ -127,46 +140,58 @@ def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
     return paragraphs
 
 
-def _roots(folder: Path, wanted: Iterable[str], tally: Tally) -> dict[str, tuple[str, list[str]]] | None:
-    """asin -> (root, image URLs) by membership in the per-root metadata files; None without such files.
+class _Roots:
+    """Root and image URLs of labelled products, by membership in the metadata files below roots/.
 
-    An asin in several files belongs to the alphabetically first.
+    An asin in several files belongs to the alphabetically first. Without such files every product is in,
+    and `of` is None. The URLs lie on disk.
     """
-    files = _files(folder)
-    if not files:
-        return None
-    wanted = set(wanted)
-    roots: dict[str, tuple[str, list[str]]] = {}
-    for path in files:
-        name = path.name.split(".")[0].replace("_", " ")
+
+    def __init__(self, source: Path, labels: Labels, tally: Tally) -> None:
+        self._names: list[str] = []
+        self._root = array("h", [NONE]) * len(labels.products)
+        self._place = array("l", [NONE]) * len(labels.products)
+        self._urls = Spool(source.parent)
+        for path in _files(source / "roots"):
+            self._read(path, labels.products, tally)
+
+    def __enter__(self) -> "_Roots":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._urls.close()
+
+    def __contains__(self, product: int) -> bool:
+        return not self._names or self._root[product] != NONE
+
+    def of(self, product: int) -> Root | None:
+        if not self._names:
+            return None
+        return self._names[self._root[product]], json.loads(self._urls.get(self._place[product]))
+
+    def _read(self, path: Path, wanted: Mapping[bytes, int], tally: Tally) -> None:
+        self._names.append(path.name.split(".")[0].replace("_", " "))
         here = Tally()
         for record in mave.records([path], wanted, here):
-            asin = record.metadata["asin"]
-            if asin in roots:
-                tally.add("asin in several roots", f"{path.name}: {asin}")
-            roots.setdefault(asin, (name, image_urls(record.metadata)))
+            if self._root[record.product] != NONE:
+                tally.add("asin in several roots", f"{path.name}: {record.metadata['asin']}")
+                continue
+            self._root[record.product] = len(self._names) - 1
+            self._place[record.product] = self._urls.add(json.dumps(image_urls(record.metadata)).encode())
         for reason in sorted(here.counts.keys() - {"no metadata", "metadata without label"}):
             where = here.examples.get(reason, [path.name])[0]
             tally.add(f"roots: {reason}", where, here.counts[reason])
-    return roots
 
 
 def _row(
     label: dict[str, Any],
     paragraphs: list[tuple[str, str]],
-    metadata: dict[str, Any],
-    roots: dict[str, tuple[str, list[str]]] | None,
+    root: Root,
     corpus: str,
     settings: Settings,
     tally: Tally,
 ) -> dict[str, Any] | None:
     asin = label["id"]
-    root, urls = root_category(metadata), image_urls(metadata)
-    if roots is not None:
-        if asin not in roots:
-            tally.add("in no root", asin)
-            return None
-        root, urls = roots[asin]
     found = attributes(label["attributes"], paragraphs, asin, tally)
     kept, found = without_sources(paragraphs, found, settings.drop_sources, asin, tally)
     if not found:
@@ -176,11 +201,11 @@ def _row(
         "item": asin,
         "asin": asin,
         "corpus": corpus,
-        "root_category": root,
+        "root_category": root[0],
         "category": label["category"],
         "title": next((text for text, source in kept if source == "title"), ""),
         "paragraphs": [{"text": text, "source": source} for text, source in kept],
-        "image_urls": urls,
+        "image_urls": root[1],
         "attributes": [
             {
                 "key": attribute.key,

@@ -1,14 +1,16 @@
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import metadata_oracle as oracle
 import pytest
 from conftest import ROOT, SHARED_DATA
 
-from pipeline import clean, mave
+from pipeline import clean, lines, mave
 from pipeline.tally import Tally
 
 GIFT_CARDS = SHARED_DATA / "amazon-gift-cards" / "meta_Gift_Cards.json.gz"
@@ -148,11 +150,11 @@ def test_label_lines_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
 def test_a_giant_line_is_counted_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mave, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'"' + b"x" * 350 + b'"\n' + b"{}\n")
     tally = Tally()
-    assert list(mave.lines(path, tally)) == [(2, b"{}\n")]
+    assert list(lines.numbered(path, tally)) == [(2, b"{}")]
     assert tally.examples == {"line too long": ["m.jsonl:1"]}
 
 
@@ -160,14 +162,14 @@ def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> Non
     path = tmp_path / "m.json.gz"
     path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
     with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short"):
-        list(mave.lines(path, Tally()))
+        list(lines.numbered(path, Tally()))
 
 
 def test_a_git_lfs_pointer_is_an_error_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
     with pytest.raises(ValueError, match=r"labels\.jsonl is a Git LFS pointer"):
-        list(mave.lines(path, Tally()))
+        list(lines.numbered(path, Tally()))
 
 
 def test_no_output_is_left_when_the_join_fails(tmp_path: Path) -> None:
@@ -191,6 +193,31 @@ def test_the_command_writes_the_file_and_tells_the_counts(tmp_path: Path) -> Non
     done = subprocess.run([*command, tmp_path / "out.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "pipeline.mave:" in done.stderr
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not GIFT_CARDS.is_file(), reason="../shared/data/amazon-gift-cards is not there")
+@pytest.mark.parametrize(
+    ("seed", "number"),
+    [(0, 600), pytest.param(1, 20_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],
+)
+def test_damaged_real_metadata_is_joined_as_google_does_it(tmp_path: Path, seed: int, number: int) -> None:
+    with gzip.open(GIFT_CARDS) as file:
+        real = file.read().splitlines()
+    rng = random.Random(seed)
+    asins = sorted({json.loads(line)["asin"] for line in real})
+    others = rng.sample(asins, 40)
+    damaged = [oracle.mutated(rng.choice(real), rng, others) for _ in range(number)]
+    (tmp_path / "m.json.gz").write_bytes(gzip.compress(gzip.compress(b"\n".join(damaged), 1), 1))
+    labels = [label(asin, "Type") for asin in asins if rng.random() < 0.9]
+    rows, tally = joined(tmp_path, [tmp_path / "m.json.gz"], [write(tmp_path / "l.jsonl", *labels)])
+    expected = oracle.joined(damaged, labels)
+    assert [row["id"] for row in rows] == [row["id"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row == other
+    counted = ("repeated metadata", "no title", "malformed line", "metadata without label")
+    assert all(tally.counts[reason] for reason in counted), "the damage is too mild to tell anything"
+    assert {"paragraph: html", "paragraph: css"} <= tally.counts.keys()
 
 
 @pytest.mark.shared_data

@@ -1,0 +1,226 @@
+"""The MAVE join beside Google's method (Apache Beam, Beautiful Soup): same input, one process, one core.
+
+The input has the shape of the real dump: 6.8 kB a line, 22 % of the lines labelled; half of a line's bulk
+stands in title, description and feature, 10 % of these paragraphs hold HTML, the other half stands in fields
+that nobody reads. Both outputs must hold the same rows. Then the same input gzipped, beside the fastest
+gzip reader of the registry that does nothing but read; then the label index of all of MAVE.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
+BEAM = ROOT / "benchmarks/peers/join_beam.py"
+LINES, LABELLED, LINE_BYTES = 40_000, 0.22, 6800
+ALL_LABELS = 3_474_518  # positives and negatives of MAVE
+READERS = {
+    "gzip": "import gzip; opened = gzip.open(path)",
+    "isal": "from isal import igzip; opened = igzip.open(path)",
+    "zlib-ng": "from zlib_ng import gzip_ng; opened = gzip_ng.open(path)",
+    "rapidgzip": "import rapidgzip; opened = rapidgzip.open(path, parallelization=1)",
+}
+OUR_JOIN = """
+import sys, time
+from pathlib import Path
+import bs4
+from pipeline import mave
+metadata, labels, output = map(Path, sys.argv[1:])
+start = time.perf_counter()
+mave.join([metadata], [labels], output)
+print(time.perf_counter() - start)
+"""
+READ_ALL = """
+import sys, time
+path = sys.argv[1]
+start = time.perf_counter()
+{opening}
+while opened.read(1 << 20):
+    pass
+print(time.perf_counter() - start)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    peak_mib: float
+    output: str
+
+
+def words(rng: random.Random) -> list[str]:
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    return ["".join(rng.choices(letters, range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(5000)]
+
+
+def text(rng: random.Random, known: list[str], num_chars: int) -> str:
+    return " ".join(rng.choices(known, k=max(1, num_chars // 7)))
+
+
+def marked_up(rng: random.Random, plain: str) -> str:
+    """About what product pages hold: a paragraph of some sentences, bold words, breaks, entities."""
+    pieces = plain.split()
+    for _ in range(max(1, len(pieces) // 25)):
+        at = rng.randrange(len(pieces))
+        pieces[at] = rng.choice(("<b>{}</b>", "{}<br />", "<li>{}</li>", "{} &amp;", "<i>{}</i>")).format(
+            pieces[at]
+        )
+    return f"<p>{' '.join(pieces)}</p>"
+
+
+def asin(number: int) -> str:
+    return f"B{number:09d}"
+
+
+def metadata(num_lines: int) -> Iterator[bytes]:
+    rng = random.Random(0)
+    known = words(rng)
+    for number in range(num_lines):
+        paragraphs = [text(rng, known, 480) for _ in range(4)] + [text(rng, known, 200) for _ in range(5)]
+        paragraphs = [marked_up(rng, one) if rng.random() < 0.1 else one for one in paragraphs]
+        row: dict[str, Any] = {
+            "category": ["Home & Kitchen", text(rng, known, 20)],
+            "tech1": text(rng, known, 600),
+            "description": paragraphs[:4],
+            "title": text(rng, known, 80),
+            "also_buy": [asin(rng.randrange(10**6)) for _ in range(60)],
+            "image": [],
+            "brand": text(rng, known, 10),
+            "feature": paragraphs[4:],
+            "rank": [f">#{rng.randrange(10**6)} in Home & Kitchen (See Top 100)"],
+            "details": {text(rng, known, 12): text(rng, known, 20) for _ in range(6)},
+            "main_cat": "Amazon Home",
+            "similar_item": "",
+            "date": "January 1, 2015",
+            "price": f"${rng.randrange(100)}.99",
+            "asin": asin(number),
+        }
+        missing = LINE_BYTES - len(json.dumps(row))
+        row["similar_item"] = text(rng, known, missing)
+        yield json.dumps(row).encode() + b"\n"
+
+
+def label(number: int) -> bytes:
+    spans = [{"value": "mug", "pid": pid, "begin": 10, "end": 13} for pid in range(2)]
+    row = {"id": asin(number), "category": "Mugs", "attributes": [{"key": "Type", "evidences": spans}]}
+    return json.dumps(row).encode() + b"\n"
+
+
+def run(*command: str | Path, cores: int = 1) -> Run:
+    """The command on `cores` cores, its wall-clock seconds and its memory high-water mark."""
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {os.waitstatus_to_exitcode(status)}")
+    return Run(seconds, usage.ru_maxrss / 1024, output)
+
+
+def our_join(source: Path, labels: Path, output: Path, *, cores: int = 1) -> Run:
+    """As the command does it; `seconds` without start-up, as of the peer."""
+    done = run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores)
+    return replace(done, seconds=float(done.output))
+
+
+def by_id(path: Path) -> dict[str, Any]:
+    with path.open() as file:
+        return {row["id"]: row for row in map(json.loads, file)}
+
+
+def show(name: str, seconds: float, size: int, num_lines: int, peak_mib: float | None = None) -> None:
+    memory = "" if peak_mib is None else f", {peak_mib:6.0f} MiB at most"
+    print(f"{name:34s} {size / 2**20 / seconds:8.1f} MiB/s {num_lines / seconds:9.0f} lines/s{memory}")
+
+
+def peer_or_say_how(command: Path) -> bool:
+    if not command.is_file():
+        print(f"  (the peer is not installed: benchmarks/peers.txt says how; looked for {command})")
+    return command.is_file()
+
+
+def beside_beam(folder: Path, num_lines: int) -> None:
+    source, labels = folder / "metadata.jsonl", folder / "labels.jsonl"
+    with source.open("wb") as file:
+        file.writelines(metadata(num_lines))
+    asked = sorted(random.Random(1).sample(range(num_lines), round(LABELLED * num_lines)))
+    labels.write_bytes(b"".join(map(label, asked)))
+    size = source.stat().st_size
+    print(f"join: {num_lines} lines of {size / num_lines:.0f} bytes, {len(asked)} labelled, one core each")
+    ours = our_join(source, labels, folder / "ours.jsonl")
+    show("ours", ours.seconds, size, num_lines, ours.peak_mib)
+    if peer_or_say_how(python := PEERS / "bin/python"):
+        beam = run(python, BEAM, source, labels, folder / "beam.jsonl")
+        seconds = float(beam.output)
+        show("Beam and Beautiful Soup", seconds, size, num_lines, beam.peak_mib)
+        assert by_id(folder / "ours.jsonl") == by_id(folder / "beam.jsonl"), "the outputs differ"
+        print(f"  equal outputs; ours is {seconds / ours.seconds:.1f} times as fast")
+    zipped = folder / "metadata.json.gz"
+    zipped.write_bytes(gzip.compress(source.read_bytes(), 6))
+    ours_zipped = our_join(zipped, labels, folder / "zipped.jsonl", cores=2)
+    show("ours, gzipped (2 cores)", ours_zipped.seconds, size, num_lines, ours_zipped.peak_mib)
+    if not peer_or_say_how(python):
+        return
+    rates = {}
+    for name, opening in READERS.items():
+        read = float(run(python, "-c", READ_ALL.format(opening=opening), zipped).output)
+        show(f"{name} alone", read, size, num_lines)
+        rates[name] = size / read
+    slower = min(max(rates.values()), size / ours.seconds)
+    print(
+        f"  gzipped: {size / ours_zipped.seconds / slower:.0%} of the slower of plain join and fastest reader"
+    )
+
+
+def all_labels(folder: Path, num_labels: int) -> None:
+    """The join at the size of all of MAVE's labels; the metadata holds each hundredth product."""
+    positives, negatives, source = folder / "p.jsonl", folder / "n.jsonl", folder / "m.jsonl"
+    num_positives = round(num_labels * 2_226_509 / ALL_LABELS)
+    for path, numbers in ((positives, range(num_positives)), (negatives, range(num_positives, num_labels))):
+        with path.open("wb") as file:
+            file.writelines(map(label, numbers))
+    with source.open("wb") as file:
+        for number in range(0, num_labels, 100):
+            row = {"asin": asin(number), "title": "one mug of a kind", "feature": ["one mug more"]}
+            file.write(json.dumps(row).encode() + b"\n")
+    files = ("--metadata", source, "--labels", positives, negatives, "--output", folder / "all.jsonl")
+    ours = run(sys.executable, "-m", "pipeline.mave", *files)
+    counted = json.loads(ours.output)
+    assert counted["lines written"]["count"] == len(range(0, num_labels, 100))
+    print(f"{num_labels} label lines: {ours.seconds:.0f} s, {ours.peak_mib:.0f} MiB at most (limit 2048)")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.join", description=__doc__)
+    parser.add_argument("--lines", type=int, default=LINES, help="of metadata")
+    parser.add_argument("--labels", type=int, default=ALL_LABELS, help="of the index; 0 leaves it out")
+    given = parser.parse_args(arguments or [])
+    with tempfile.TemporaryDirectory() as folder:
+        beside_beam(Path(folder), given.lines)
+        if given.labels:
+            all_labels(Path(folder), given.labels)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""JSON lines of files that are plain, gzipped or gzipped twice, as a stream; unusable ones are counted."""
+
+import json
+import queue
+import threading
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from isal import igzip, isal_zlib
+
+from pipeline import progress
+from pipeline.tally import Tally
+
+BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+AHEAD = 4  # blocks that are unzipped while others are worked on
+GZIP_MAGIC = b"\x1f\x8b"
+LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
+
+
+def numbered(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
+    """`(line number from 1, line without its end)`; blank lines are skipped, giant ones counted.
+
+    Raises `ValueError` for a Git LFS pointer and for a damaged gzip stream.
+    """
+    rest: list[bytes] = []  # of a line that spans blocks
+    number, dropping = 0, False
+    with closing(_ahead(_blocks(path))) as blocks:
+        for block in blocks:
+            *whole, last = block.split(b"\n")
+            for line in whole:
+                number += 1
+                if rest:
+                    line = b"".join([*rest, line])
+                    rest = []
+                if dropping or len(line) > MAX_LINE_BYTES:
+                    tally.add("line too long", f"{path.name}:{number}")
+                    dropping = False
+                elif line and not line.isspace():
+                    yield number, line
+            if dropping or sum(len(part) for part in rest) + len(last) > MAX_LINE_BYTES:
+                rest, dropping = [], True
+            elif last:
+                rest.append(last)
+    if dropping:
+        tally.add("line too long", f"{path.name}:{number + 1}")
+    elif (line := b"".join(rest)) and not line.isspace():
+        yield number + 1, line
+
+
+def parse(line: bytes, where: str, tally: Tally) -> dict[str, Any] | None:
+    """The JSON object of a line, or None and a count of `malformed line`."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:  # the standard library also reads lone surrogates, NaN and a byte order mark
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict):
+        tally.add("malformed line", where)
+        return None
+    return value
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The plain bytes of a file, unzipped as often as it was zipped: a buffered reader.
+
+    Raises `ValueError` for a Git LFS pointer and, while reading, for a damaged gzip stream.
+    """
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb", buffering=BLOCK_BYTES))
+        try:
+            while file.peek(2)[:2] == GZIP_MAGIC:
+                file = stack.enter_context(igzip.IGzipFile(fileobj=file, mode="rb"))
+            if file.peek(len(LFS_MAGIC))[: len(LFS_MAGIC)] == LFS_MAGIC:
+                raise ValueError(f"{path} is a Git LFS pointer, not the data: fetch the file it points at")
+            yield file
+        except DAMAGED as error:
+            raise ValueError(f"{path} is damaged or cut short: {error}") from error
+
+
+def _blocks(path: Path) -> Generator[bytes, None, None]:
+    with opened(path) as file, progress.of_bytes(path, path.stat().st_size) as bar:
+        raw = file
+        while isinstance(raw, igzip.IGzipFile):
+            raw = raw.fileobj
+        while block := file.read(BLOCK_BYTES):
+            bar.update(raw.tell() - bar.n)
+            yield block
+
+
+def _ahead(blocks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+    """The same blocks, made by a thread meanwhile: unzipping does not hold the interpreter's lock."""
+    made: queue.Queue[bytes | BaseException | None] = queue.Queue(AHEAD)
+    over = threading.Event()
+
+    def put(item: bytes | BaseException | None) -> None:
+        while not over.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def make() -> None:
+        try:
+            with closing(blocks):
+                for block in blocks:
+                    put(block)
+                    if over.is_set():
+                        return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised where the blocks are wanted
+            put(error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        over.set()
+        thread.join()
