@@ -37,24 +37,26 @@ from pathlib import Path
 import bs4
 from pipeline import mave
 metadata, labels, output = map(Path, sys.argv[1:])
-start = time.perf_counter()
+start, start_cpu = time.perf_counter(), time.process_time()
 mave.join([metadata], [labels], output)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - start_cpu)
 """
 READ_ALL = """
 import sys, time
 path = sys.argv[1]
-start = time.perf_counter()
+start, start_cpu = time.perf_counter(), time.process_time()
 {opening}
 while opened.read(1 << 20):
     pass
-print(time.perf_counter() - start)
+opened.close()
+print(time.perf_counter() - start, time.process_time() - start_cpu)
 """
 
 
 @dataclass(frozen=True)
 class Run:
     seconds: float
+    cpu_s: float
     peak_mib: float
     output: str
 
@@ -135,13 +137,17 @@ def run(*command: str | Path, cores: int = 1) -> Run:
     seconds = time.perf_counter() - start
     if status:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {os.waitstatus_to_exitcode(status)}")
-    return Run(seconds, usage.ru_maxrss / 1024, output)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output)
+
+
+def without_start_up(done: Run) -> Run:
+    """As the program itself measured it, imports left out."""
+    seconds, cpu_s = map(float, done.output.split())
+    return replace(done, seconds=seconds, cpu_s=cpu_s)
 
 
 def our_join(source: Path, labels: Path, output: Path, *, cores: int = 1) -> Run:
-    """As the command does it; `seconds` without start-up, as of the peer."""
-    done = run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores)
-    return replace(done, seconds=float(done.output))
+    return without_start_up(run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores))
 
 
 def by_id(path: Path) -> dict[str, Any]:
@@ -149,9 +155,12 @@ def by_id(path: Path) -> dict[str, Any]:
         return {row["id"]: row for row in map(json.loads, file)}
 
 
-def show(name: str, seconds: float, size: int, num_lines: int, peak_mib: float | None = None) -> None:
-    memory = "" if peak_mib is None else f", {peak_mib:6.0f} MiB at most"
-    print(f"{name:34s} {size / 2**20 / seconds:8.1f} MiB/s {num_lines / seconds:9.0f} lines/s{memory}")
+def show(name: str, done: Run, size: int, num_lines: int) -> None:
+    rates = (
+        f"{size / 2**20 / seconds:7.1f} MiB/s {num_lines / seconds:8.0f} lines/s"
+        for seconds in (done.seconds, done.cpu_s)
+    )
+    print(f"{name:26s} {'  by CPU time '.join(rates)} {done.peak_mib:6.0f} MiB at most")
 
 
 def peer_or_say_how(command: Path) -> bool:
@@ -169,28 +178,29 @@ def beside_beam(folder: Path, num_lines: int) -> None:
     size = source.stat().st_size
     print(f"join: {num_lines} lines of {size / num_lines:.0f} bytes, {len(asked)} labelled, one core each")
     ours = our_join(source, labels, folder / "ours.jsonl")
-    show("ours", ours.seconds, size, num_lines, ours.peak_mib)
+    show("ours", ours, size, num_lines)
     if peer_or_say_how(python := PEERS / "bin/python"):
-        beam = run(python, BEAM, source, labels, folder / "beam.jsonl")
-        seconds = float(beam.output)
-        show("Beam and Beautiful Soup", seconds, size, num_lines, beam.peak_mib)
+        beam = without_start_up(run(python, BEAM, source, labels, folder / "beam.jsonl"))
+        show("Beam and Beautiful Soup", beam, size, num_lines)
         assert by_id(folder / "ours.jsonl") == by_id(folder / "beam.jsonl"), "the outputs differ"
-        print(f"  equal outputs; ours is {seconds / ours.seconds:.1f} times as fast")
+        print(
+            f"  equal outputs; ours is {beam.seconds / ours.seconds:.1f} times as fast, "
+            f"by CPU time {beam.cpu_s / ours.cpu_s:.1f} times"
+        )
     zipped = folder / "metadata.json.gz"
     zipped.write_bytes(gzip.compress(source.read_bytes(), 6))
     ours_zipped = our_join(zipped, labels, folder / "zipped.jsonl", cores=2)
-    show("ours, gzipped (2 cores)", ours_zipped.seconds, size, num_lines, ours_zipped.peak_mib)
+    show("ours, gzipped (2 cores)", ours_zipped, size, num_lines)
     if not peer_or_say_how(python):
         return
-    rates = {}
+    fastest = 0.0
     for name, opening in READERS.items():
-        read = float(run(python, "-c", READ_ALL.format(opening=opening), zipped).output)
-        show(f"{name} alone", read, size, num_lines)
-        rates[name] = size / read
-    slower = min(max(rates.values()), size / ours.seconds)
-    print(
-        f"  gzipped: {size / ours_zipped.seconds / slower:.0%} of the slower of plain join and fastest reader"
-    )
+        code = READ_ALL.format(opening=opening)
+        alone = without_start_up(run(python, "-c", code, zipped))
+        show(f"{name} alone", alone, size, num_lines)
+        fastest = max(fastest, size / alone.seconds)
+    share = size / ours_zipped.seconds / min(fastest, size / ours.seconds)
+    print(f"  gzipped: {share:.0%} of the slower of plain join and fastest reader")
 
 
 def all_labels(folder: Path, num_labels: int) -> None:

@@ -13,6 +13,7 @@ from pipeline.schema import TEXT_SOURCES
 from pipeline.tally import Tally
 
 COLON_SIGNS = ("javascript:", "background-color:", "background-image:", " li:")
+BLANK = "nothing but markup or blanks"
 CSS_SHARE = 0.3
 CSS_TOKENS = 20
 # Elements that hide no text and have no rules of their own in the parser (an end tag of br, hr, img has one).
@@ -34,9 +35,20 @@ def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tu
     counted in `tally` as `paragraph: reason`.
     """
     tally = tally or Tally()
-    kept = []
+    unmarked = []
     for raw, source in _raw_paragraphs(record, tally):
-        text, reason = clean(raw, source)
+        text, reason = _unmarked(raw, source)
+        if reason:
+            tally.add(f"paragraph: {reason}")
+        else:
+            unmarked.append((text, source))
+    # All together first: looked at as one text, nearly every record needs nothing more.
+    whole = "| ".join(["", *(text for text, _ in unmarked)])
+    if whole.isprintable() and "  " not in whole and not is_html(whole) and _max_css(whole) <= CSS_TOKENS:
+        return unmarked
+    kept = []
+    for text, source in unmarked:
+        text, reason = _finished(text)
         if reason:
             tally.add(f"paragraph: {reason}")
         else:
@@ -50,23 +62,34 @@ def has_title(cleaned: list[tuple[str, str]]) -> bool:
 
 def clean(raw: str, source: str) -> tuple[str, str | None]:
     """`(text, None)`, or `("", reason)` for a paragraph that is dropped."""
+    text, reason = _unmarked(raw, source)
+    return ("", reason) if reason else _finished(text)
+
+
+def _unmarked(raw: str, source: str) -> tuple[str, str | None]:
+    """The text without markup; blanks are as they were where there was none."""
     if source == "title" and "getTime" in raw:
         return "", "title is a script dump"
-    text = _without_surrogates(raw)
     # The parser passes text through as it is where neither of its two special characters occurs.
-    if "<" in text or "&" in text:
-        try:
-            text = _without_plain_markup(text) or without_markup(text)
-        except ValueError:
-            return "", "markup that cannot be parsed"
-    text = " ".join(text.split())
+    if "<" not in raw and "&" not in raw:
+        return raw, None
+    text = _without_surrogates(raw)
+    try:
+        text = " ".join((_without_plain_markup(text) or without_markup(text)).split())
+    except ValueError:
+        return "", "markup that cannot be parsed"
+    return (text, None) if text else ("", BLANK)
+
+
+def _finished(text: str) -> tuple[str, str | None]:
+    text = " ".join(_without_surrogates(text).split())
     if not text:
-        return "", "nothing but markup or blanks"
+        return "", BLANK
     if is_html(text):
         return "", "html"
     if is_css(text):
         return "", "css"
-    return _without_surrogates(text), None
+    return text, None
 
 
 def _without_surrogates(text: str) -> str:
@@ -122,14 +145,19 @@ def is_html(text: str) -> bool:
 
 def is_css(text: str) -> bool:
     """Whether more than 20 tokens, and more than 30 % of them, look like CSS; `text` has single blanks."""
-    count = text.count
-    if 1 + count(" .") + count(" #") + count(" div") + count("px") + count("-") // 2 <= CSS_TOKENS:
-        return False  # so many at most: nearly every text ends here
+    if _max_css(text) <= CSS_TOKENS:
+        return False
     tokens = text.split()
     num_css = sum(
         token.startswith((".", "#", "div")) or "px" in token or token.count("-") > 1 for token in tokens
     )
     return num_css > CSS_TOKENS and num_css / len(tokens) > CSS_SHARE
+
+
+def _max_css(text: str) -> int:
+    """How many tokens may look like CSS at most, counted without taking the text apart."""
+    count = text.count
+    return 1 + count(" .") + count(" #") + count(" div") + count("px") + count("-") // 2
 
 
 def _raw_paragraphs(record: Mapping[str, Any], tally: Tally) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+RESERVE_BYTES = 256 << 20
 
 
 def sha256_of(path: Path) -> str:
@@ -29,6 +32,16 @@ def atomically(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise `ValueError` where the file system of `folder` cannot take `num_bytes` more and stay usable."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free - RESERVE_BYTES:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB more are needed "
+            f"and {RESERVE_BYTES / 1e9:.1f} GB stay free"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,19 +5,21 @@ Addresses are https on the hosts that the corpus names, at every redirect; plain
 """
 
 import asyncio
+import errno
 import hashlib
 import ipaddress
 import json
 import os
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from tqdm import tqdm
-
-from pipeline.disk import sha256_of
+from pipeline import progress
+from pipeline.disk import check_room, sha256_of, write_json
+from pipeline.retrying import REDIRECTS, TRANSIENT, retry_after_s
 
 if TYPE_CHECKING:
     import aiohttp
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 CACHE = Path(".cache/downloads")
 CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 5
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
-LFS_MAX_BYTES = 1024
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+HEAD_BYTES = 1024  # that tell a pointer or a page from data
+ROOM_EVERY_BYTES = 64 << 20
 
 
 class Refused(ValueError):
@@ -44,13 +47,19 @@ class Transient(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """A file is given up after `attempts` tries in a row that brought no byte."""
+    """An address is given up after `attempts` tries in a row that brought less than `progress_bytes`.
+
+    A try ends after `silence_s` without headers or a byte, and when as much time brought fewer than
+    `min_bytes_per_s`. A server that asks for more than `max_wait_s` of patience is left for the next run.
+    """
 
     attempts: int = 6
     first_wait_s: float = 1.0
     max_wait_s: float = 120.0
     connect_s: float = 30.0
     silence_s: float = 60.0
+    min_bytes_per_s: float = 1024.0
+    progress_bytes: int = 64 << 10
 
 
 @dataclass(kw_only=True)
@@ -65,7 +74,10 @@ class Download:
     patience: Patience = field(default_factory=Patience)
 
     def fetch(self) -> Path:
-        """The finished file, in the cache. Raises `ValueError` with the reason of every address."""
+        """The finished file, in the cache. Raises `ValueError` with the reason of every address.
+
+        A full disk is a `ValueError` or `OSError` at once: no mirror helps.
+        """
         self.cache.mkdir(parents=True, exist_ok=True)
         if self.sha256 and (finished := self.cache / self.sha256).is_file():
             if sha256_of(finished) == self.sha256:
@@ -89,16 +101,18 @@ class Download:
         )
         fruitless = 0
 
-        def is_over(_: tenacity.RetryCallState) -> bool:
-            return fruitless >= self.patience.attempts
+        def told_s(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return (error.after_s if isinstance(error, Transient) else None) or 0.0
+
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            return fruitless >= self.patience.attempts or told_s(state) > self.patience.max_wait_s
 
         def wait_s(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            told = error.after_s if isinstance(error, Transient) else None
             backoff = tenacity.wait_random_exponential(
                 multiplier=self.patience.first_wait_s, max=self.patience.max_wait_s
             )
-            return min(self.patience.max_wait_s, max(told or 0.0, backoff(state)))
+            return max(told_s(state), backoff(state))
 
         async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True) as session:
             async for attempt in tenacity.AsyncRetrying(
@@ -109,19 +123,23 @@ class Download:
                     try:
                         await self._attempt(session, url, partial)
                     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                        fruitless = 0 if partial.offset > before else fruitless + 1
-                        raise Transient(f"{type(error).__name__}: {error}") from error
-                    except Transient:
-                        fruitless = 0 if partial.offset > before else fruitless + 1
-                        raise
+                        if isinstance(error, OSError) and error.errno in FULL:
+                            raise
+                        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                        raise Transient(reason) from error
+                    finally:
+                        brought = partial.offset - before
+                        fruitless = 0 if brought >= self.patience.progress_bytes else fruitless + 1
         return self._finish(partial)
 
     async def _attempt(self, session: "aiohttp.ClientSession", url: str, partial: "_Partial") -> None:
         """Bring the rest of the file, or raise."""
         for _ in range(MAX_REDIRECTS + 1):
             self._check_address(url)
-            async with session.get(url, headers=partial.request_headers(), allow_redirects=False) as response:
-                if response.status in (301, 302, 303, 307, 308):
+            async with asyncio.timeout(self.patience.silence_s):
+                response = await session.get(url, headers=partial.request_headers(), allow_redirects=False)
+            async with response:
+                if response.status in REDIRECTS:
                     url = urljoin(url, response.headers.get("Location", ""))
                     continue
                 await self._receive(response, partial)
@@ -145,7 +163,7 @@ class Download:
     async def _receive(self, response: "aiohttp.ClientResponse", partial: "_Partial") -> None:
         status = response.status
         if status in TRANSIENT:
-            raise Transient(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+            raise Transient(f"HTTP {status}", retry_after_s(response.headers.get("Retry-After")))
         if status == 416 and response.headers.get("Content-Range") == f"bytes */{partial.offset}":
             return  # all of it was here; the pin decides
         if status == 416:
@@ -162,17 +180,25 @@ class Download:
             partial.remember(response.headers)
         if self.size is not None and total is not None and total != self.size:
             raise Refused(f"holds {total} bytes, pinned {self.size}")
+        if response.content_type == "text/html":
+            raise Refused("an HTML page, not the data")
+        check_room(self.cache, max(0, (total or self.size or 0) - partial.offset))
+        checked = partial.offset
+        pace = _Pace(self.patience)
         with (
-            partial.path.open("ab") as file,
-            tqdm(total=total, initial=partial.offset, unit="B", unit_scale=True, disable=None) as bar,
+            partial.path.open("ab", buffering=0) as file,
+            progress.of_bytes(urlsplit(str(response.url)).path, total, done=partial.offset) as bar,
         ):
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                file.write(chunk)
+                _write(file, chunk)
                 bar.update(len(chunk))
+                pace.count(len(chunk))
                 if self.size is not None and file.tell() > self.size:
                     partial.restart()
                     raise Refused(f"holds more than the pinned {self.size} bytes")
-            file.flush()
+                if file.tell() - checked > ROOM_EVERY_BYTES:
+                    check_room(self.cache, ROOM_EVERY_BYTES)
+                    checked = file.tell()
             os.fsync(file.fileno())
         expected = self.size if total is None else total
         if expected is not None and partial.offset < expected:
@@ -180,7 +206,11 @@ class Download:
 
     def _finish(self, partial: "_Partial") -> Path:
         """Check the whole file and give it its name."""
-        check_not_pointer(partial.path)
+        try:
+            check_is_data(partial.path)
+        except Refused:
+            partial.restart()
+            raise
         found = sha256_of(partial.path)
         if self.sha256 and found != self.sha256:
             size = partial.offset
@@ -218,7 +248,7 @@ class _Partial:
         etag = headers.get("ETag", "")
         validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
         if validator:
-            self._state.write_text(json.dumps({"validator": validator}))
+            write_json({"validator": validator}, self._state)
 
     def restart(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -231,13 +261,38 @@ class _Partial:
             return None
 
 
-def check_not_pointer(path: Path) -> None:
-    """Raise `ValueError` where a Git LFS pointer stands in for the data."""
+class _Pace:
+    """Raises `Transient` when a span of `silence_s` brought fewer bytes than `min_bytes_per_s` allows."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._since, self._bytes = time.monotonic(), 0
+
+    def count(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        spent_s = time.monotonic() - self._since
+        if spent_s >= self._patience.silence_s:
+            if self._bytes < self._patience.min_bytes_per_s * spent_s:
+                raise Transient(f"too slow: {self._bytes} bytes in {spent_s:.1f} s")
+            self._since, self._bytes = time.monotonic(), 0
+
+
+def _write(file: Any, chunk: bytes) -> None:
+    """All of `chunk`: an unbuffered file may take less at a time."""
+    view = memoryview(chunk)
+    while view:
+        view = view[file.write(view) :]
+
+
+def check_is_data(path: Path) -> None:
+    """Raise `ValueError` where a Git LFS pointer or a web page stands in for the data."""
     with path.open("rb") as file:
-        head = file.read(LFS_MAX_BYTES)
+        head = file.read(HEAD_BYTES)
     if head.startswith(LFS_MAGIC):
         named = [line for line in head.decode("ascii", "replace").splitlines() if line.startswith("oid ")]
         raise Refused(f"a Git LFS pointer, not the data ({named[0] if named else 'without an oid'})")
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise Refused("an HTML page, not the data")
 
 
 def is_loopback(place: str) -> bool:
@@ -260,7 +315,3 @@ def _extent(response: "aiohttp.ClientResponse") -> tuple[int, int | None]:
     span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
     first = span.partition("-")[0]
     return (int(first) if first.isdigit() else -1), (int(total) if total.isdigit() else None)
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    return float(retry_after) if retry_after and retry_after.isdigit() else None

@@ -13,6 +13,7 @@ from pipeline import lines
 from pipeline.tally import Tally
 
 NONE = -1
+BLOCK_BYTES = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,13 @@ class Label:
 
 
 class Spool:
-    """Values on disk by number, for what is too much to hold."""
+    """Values on disk by number, for what is too much to hold; neighbours are read together."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115
         self._end = array("Q", [0])
         self._flushed = 0
+        self._block_at, self._block = 0, b""
 
     def __len__(self) -> int:
         return len(self._end) - 1
@@ -42,10 +44,13 @@ class Spool:
 
     def get(self, number: int) -> bytes:
         begin, end = self._end[number], self._end[number + 1]
-        if end > self._flushed:
-            self._file.flush()
-            self._flushed = self._end[-1]
-        return os.pread(self._file.fileno(), end - begin, begin)
+        if begin < self._block_at or end > self._block_at + len(self._block):
+            if end > self._flushed:
+                self._file.flush()
+                self._flushed = self._end[-1]
+            self._block_at = begin
+            self._block = os.pread(self._file.fileno(), max(BLOCK_BYTES, end - begin), begin)
+        return self._block[begin - self._block_at : end - self._block_at]
 
     def close(self) -> None:
         self._file.close()

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from pipeline import clean
 from pipeline.disk import atomically
 from pipeline.labels import NONE, Labels, Spool
@@ -123,8 +125,16 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
 
 
 def _full_line(label: dict[str, Any], paragraphs: Any) -> bytes:
-    row = {"id": label["id"], "category": label["category"]}
-    return json.dumps({**row, "paragraphs": paragraphs, "attributes": label["attributes"]}).encode()
+    row = {
+        "id": label["id"],
+        "category": label["category"],
+        "paragraphs": paragraphs,
+        "attributes": label["attributes"],
+    }
+    try:
+        return orjson.dumps(row)
+    except TypeError:  # half of a surrogate pair, or a giant number
+        return json.dumps(row).encode()
 
 
 def main() -> None:

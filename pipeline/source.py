@@ -21,13 +21,15 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from tqdm import tqdm
 
-from pipeline import mepave, params, sample
-from pipeline.disk import atomically, sha256_of, sync_folder
-from pipeline.download import CHUNK_BYTES, Download, check_not_pointer, is_loopback
+from pipeline import mepave, params, progress, sample
+from pipeline.disk import atomically, check_room, sha256_of, sync_folder
+from pipeline.download import CHUNK_BYTES, Download, check_is_data, is_loopback
 
 PARAMS = Path("params.yaml")
+FORM = (
+    "ask for Amazon's metadata with the form that https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ links"
+)
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RootName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_ -]+$")]
 
@@ -150,21 +152,26 @@ def bring(settings: params.Settings, corpus: str, folder: Path) -> None:
         if one.file.path is not None:
             copy(Path(one.file.path), target, sha256=one.file.sha256, size=one.file.size)
         else:
-            link_or_copy(download(one.file, settings), target, one.file.sha256)
+            link_or_copy(download(one, settings, corpus), target, one.file.sha256)
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
     sync_folder(folder.parent)
 
 
-def download(file: File, settings: params.Settings) -> Path:
+def download(one: Wanted, settings: params.Settings, corpus: str) -> Path:
     """The downloaded file in the cache. Raises `ValueError` that names the address and what is wrong."""
-    plain_http = settings.plain_http if isinstance(settings, Mave) else ()
+    file, plain_http = one.file, settings.plain_http if isinstance(settings, Mave) else ()
     urls = [url for url in (file.url, *file.mirrors) if url]
     try:
         return Download(urls=urls, sha256=file.sha256, size=file.size, plain_http=plain_http).fetch()
     except ValueError as error:
-        raise ValueError(f"{file.place} {error}") from error
+        where = ".".join(map(str, one.key))
+        form = f"{FORM}; or " if one.key[0] in ("metadata", "roots") else ""
+        raise ValueError(
+            f"{file.place} {error}\n{form}put the file at raw/{corpus}/{file.name} by hand and name it in "
+            f"params.yaml: corpora.{corpus}.{where}: {{path: raw/{corpus}/{file.name}}}"
+        ) from error
 
 
 def copy(path: Path, target: Path, *, sha256: str, size: int | None = None) -> None:
@@ -174,11 +181,8 @@ def copy(path: Path, target: Path, *, sha256: str, size: int | None = None) -> N
     check_local(path)
     hashed = hashlib.sha256()
     total = path.stat().st_size
-    with (
-        path.open("rb") as source,
-        target.open("wb") as file,
-        tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
-    ):
+    check_room(target.parent, total)
+    with path.open("rb") as source, target.open("wb") as file, progress.of_bytes(path, total) as bar:
         while chunk := source.read(CHUNK_BYTES):
             hashed.update(chunk)
             file.write(chunk)
@@ -195,7 +199,7 @@ def copy(path: Path, target: Path, *, sha256: str, size: int | None = None) -> N
 
 def check_local(path: Path) -> None:
     try:
-        check_not_pointer(path)
+        check_is_data(path)
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from error
 
@@ -233,7 +237,7 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     for one in wanted(settings):
         if one.file.url is not None and one.file.sha256 is not None:
             continue
-        local = Path(one.file.path) if one.file.path is not None else download(one.file, settings)
+        local = Path(one.file.path) if one.file.path is not None else download(one, settings, corpus)
         if not local.is_file():
             raise ValueError(f"{local} is not a file: put it there, or correct the path in {path}")
         check_local(local)

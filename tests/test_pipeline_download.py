@@ -2,14 +2,22 @@
 
 import asyncio
 import hashlib
+import random
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from conftest import ROOT
+from misbehaving import serving
 
+from pipeline import disk
 from pipeline.download import Download, Patience
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -265,3 +273,132 @@ def test_plain_http_needs_to_be_allowed(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_pin_the_file_is_taken_as_it_comes(server: Server, tmp_path: Path) -> None:
     assert download(server, tmp_path, sha256=None) == tmp_path / PIN
+
+
+# Every fault, with its name and within its deadline
+
+
+FAULTS = {  # path -> how the reason reads; None where the file is had in the end
+    "404": "HTTP 404",
+    "410": "HTTP 410",
+    "403": "HTTP 403",
+    "429/data?n=2": None,
+    "429/data?n=2&retry_after=0": None,
+    "429?retry_after=3600": "HTTP 429",
+    "429": "HTTP 429",
+    "500/data?n=2": None,
+    "500": "HTTP 500",
+    "reset": "ServerDisconnectedError",
+    "cut/data?at=300000": None,
+    "cut/data?at=300000&length=no": None,
+    "cut-reset/data?at=70000": None,
+    "cut/data?at=0": "ClientPayloadError",
+    "slow-header": "TimeoutError",
+    "never": "TimeoutError",
+    "drip/data": "too slow",
+    "endless": "holds more than the pinned 1048576 bytes",
+    "bomb": "pinned 1048576",
+    "html": "an HTML page, not the data",
+    "html?type=application/gzip": "an HTML page, not the data",
+    "to?url=http://127.0.0.1:1/x": "is not https",
+    "to?url=https://10.0.0.1/x": "leads to 10.0.0.1, which is no host of this file",
+}
+
+
+@pytest.mark.parametrize("path", FAULTS)
+def test_every_fault_ends_with_its_name_in_time_and_nothing_partial_has_a_final_name(
+    tmp_path: Path, path: str
+) -> None:
+    patience = Patience(attempts=3, first_wait_s=0.001, max_wait_s=0.01, silence_s=0.3)
+    with serving({"data": DATA}) as server:
+        size = None if "html" in path else len(DATA)
+        wanted = Download(
+            urls=[server.url(path)],
+            sha256=PIN,
+            size=size,
+            plain_http=[server.place],
+            cache=tmp_path,
+            patience=patience,
+        )
+        start = time.monotonic()
+        if FAULTS[path] is None:
+            assert wanted.fetch().read_bytes() == DATA
+            assert server.sent[path] <= len(DATA) + 70_000, "finished bytes were asked for again"
+        else:
+            with pytest.raises(ValueError, match=FAULTS[path]):
+                wanted.fetch()
+            final = ("404", "410", "403", "html", "bomb", "endless", "to", "429?retry_after=3600")
+            tries = 1 if path.startswith(final) else patience.attempts
+            # aiohttp asks once more where a connection closes before it answers
+            assert server.hits[path] in ((tries, 2 * tries) if path == "reset" else (tries,))
+        assert time.monotonic() - start < 3 * (2 * patience.silence_s + 0.5)
+    named = [file.name for file in tmp_path.iterdir() if not file.name.endswith((".part", ".json"))]
+    assert named == ([PIN] if FAULTS[path] is None else [])
+
+
+def test_an_endless_body_without_any_pin_stops_before_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free - (100 << 20))
+    with serving({}) as server:
+        wanted = Download(
+            urls=[server.url("endless")], sha256=None, plain_http=[server.place], cache=tmp_path
+        )
+        with pytest.raises(ValueError, match=r"GB free, 0\.1 GB more are needed"):
+            wanted.fetch()
+        assert server.sent["endless"] < 200 << 20
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 10**15)
+    with serving({"data": DATA}) as server:
+        urls = [server.url("data"), server.url("data")]
+        with pytest.raises(ValueError, match="more are needed"):
+            Download(urls=urls, sha256=PIN, plain_http=[server.place], cache=tmp_path).fetch()
+        assert server.hits["data"] == 1, "a mirror does not help"
+
+
+def test_cut_at_any_byte_and_resumed_by_another_run_no_finished_byte_comes_twice(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    with serving({"data": DATA}) as server:
+        for number in range(40):
+            at = rng.choice([0, 1, 2, len(DATA) - 1, rng.randrange(len(DATA))])
+            server.script["data"] = [rng.choice([f"cut/data?at={at}", f"cut/data?at={at}&length=no"])]
+            wanted = Download(
+                urls=[server.url("data")],
+                sha256=PIN,
+                size=len(DATA),
+                plain_http=[server.place],
+                cache=tmp_path / str(number),
+                patience=Patience(attempts=1, progress_bytes=len(DATA)),
+            )
+            with pytest.raises(ValueError, match="cannot be downloaded"):
+                wanted.fetch()
+            assert wanted.fetch().read_bytes() == DATA
+            assert server.ranges[-1] == at
+
+
+def test_killed_at_any_moment_a_download_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The process itself dies by SIGKILL, three times; the bytes it had are not sent again."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline.download import Download\n"
+        "url, place, pin, cache = sys.argv[1:]\n"
+        "Download(urls=[url], sha256=pin, plain_http=[place], cache=Path(cache)).fetch()"
+    )
+    with serving({"data": DATA}) as server:
+        server.pause_s = 0.02
+        arguments = [server.url("data"), server.place, PIN, str(tmp_path)]
+        for kill in (1, 2, 3, None):
+            process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT)
+            while kill and process.poll() is None:
+                part = next(tmp_path.glob("*.part"), None)
+                if part is not None and part.stat().st_size >= kill * 250_000:
+                    process.kill()
+                time.sleep(0.005)
+            process.wait(30)
+        assert (tmp_path / PIN).read_bytes() == DATA
+        assert server.ranges == sorted(server.ranges)
+        assert len(server.ranges) == 4
+        assert server.ranges[1] >= 250_000
