@@ -6,22 +6,23 @@ too: a mirror of one's own. The rule holds on every redirect and for the address
 """
 
 import asyncio
-import datetime
-import email.utils
 import ipaddress
 import socket
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import aiohttp
 import aiohttp.abc
 import tenacity
 import yarl
 
+from pipeline.retrying import REDIRECTS, TRANSIENT, retry_after_s
+
+Result = TypeVar("Result")
 MAX_HOPS = 5
 MAX_WAIT_S = 60.0  # a server that asks for more is left for the next run
-TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
 HEADERS = {"User-Agent": "smartave/0.1", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
@@ -92,16 +93,42 @@ def why_forbidden(url: yarl.URL, hosts: frozenset[str]) -> str | None:
     return None if public else f"{url.host} is not a public address"
 
 
+class Turns:
+    """When the next request may begin: at most `per_s` in a second, none before a busy server's time."""
+
+    def __init__(self, per_s: float | None) -> None:
+        self._apart_s = 1 / per_s if per_s else 0.0
+        self._next = 0.0
+
+    async def take(self) -> None:
+        now = asyncio.get_running_loop().time()
+        at = max(now, self._next)
+        self._next = at + self._apart_s
+        if at > now:
+            await asyncio.sleep(at - now)
+
+    def hold(self, seconds: float) -> None:
+        self._next = max(self._next, asyncio.get_running_loop().time() + seconds)
+
+
 class Client:
     """One session with kept-alive connections; use it within one event loop."""
 
     def __init__(
-        self, hosts: Iterable[str], *, concurrency: int, max_bytes: int, timeout_s: float, attempts: int
+        self,
+        hosts: Iterable[str],
+        *,
+        concurrency: int,
+        max_bytes: int,
+        timeout_s: float,
+        attempts: int,
+        per_s: float | None = None,
     ) -> None:
         self.hosts = frozenset(host.lower() for host in hosts)
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
         self.free = asyncio.Semaphore(concurrency)
+        self.turns = Turns(per_s)
         self.attempts = attempts
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=concurrency, resolver=_PublicResolver(self.hosts)),
@@ -111,9 +138,8 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None),
         )
 
-    async def fetch_all(self, urls: Iterable[str]) -> list[Fetched]:
-        """In the order of `urls`, whatever the order of arrival."""
-        return list(await asyncio.gather(*(self.fetch(url) for url in urls)))
+    async def close(self) -> None:
+        await self.session.close()
 
     async def fetch(self, url: str) -> Fetched:
         try:
@@ -136,6 +162,7 @@ class Client:
     async def _once(self, url: yarl.URL) -> Fetched:
         """One try through all redirects within `timeout_s`."""
         async with self.free:
+            await self.turns.take()
             try:
                 async with asyncio.timeout(self.timeout_s):
                     return await self._follow(url)
@@ -165,8 +192,11 @@ class Client:
 
     async def _read(self, response: aiohttp.ClientResponse) -> Fetched:
         code = response.status
-        if code in TRY_AGAIN:
-            raise _Again(Fetched("transient", f"HTTP {code}"), _after_s(response.headers.get("Retry-After")))
+        if code in TRANSIENT:
+            after_s = retry_after_s(response.headers.get("Retry-After"))
+            if after_s is not None and after_s <= MAX_WAIT_S:
+                self.turns.hold(after_s)  # it is the server that is busy, not this one picture
+            raise _Again(Fetched("transient", f"HTTP {code}"), after_s)
         if code in (404, 410):
             return Fetched("not_found", f"HTTP {code}")
         if code != 200:
@@ -180,20 +210,6 @@ class Client:
             if len(data) > self.max_bytes:
                 return too_large
         return Fetched("ok", None, bytes(data))
-
-
-def _after_s(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date; None if it says nothing."""
-    if header is None:
-        return None
-    if header.strip().isdecimal():
-        return float(header)
-    try:
-        date = email.utils.parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    now = datetime.datetime.now(date.tzinfo)
-    return max(0.0, (date - now).total_seconds())
 
 
 def _asked_s(state: tenacity.RetryCallState) -> float | None:
@@ -213,3 +229,21 @@ def _wait(state: tenacity.RetryCallState) -> float:
     asked = _asked_s(state)
     back_off = tenacity.wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S)
     return back_off(state) if asked is None else asked
+
+
+class Background:
+    """An event loop in a thread: pictures arrive there while earlier ones are decoded here."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def in_order(
+        self, ask: Callable[[str], Coroutine[Any, Any, Result]], urls: Iterable[str]
+    ) -> Iterator[Result]:
+        """What `ask` gives for each URL, all of them asked at once, in the order of `urls`."""
+        asked = [asyncio.run_coroutine_threadsafe(ask(url), self.loop) for url in urls]
+        return (one.result() for one in asked)

@@ -1,6 +1,7 @@
 """The image of every product by asin, as shards of `schema.IMAGES`; a failure is a row with its reason.
 
     python -m pipeline.images CORPUS
+    python -m pipeline.images CORPUS --retry-failed [STATUS...]     ask again for what failed (transient)
 
 An asin's image is the first of its `image_urls`: a URL, or with `base` a file below that folder.
 Its bytes are kept as they came. Rows are one per distinct asin, sorted. Statuses: `ok`, `no_url`;
@@ -10,13 +11,13 @@ and `transient` (see fetch); `too_large`; `not_image`, `truncated`, `corrupt`, `
 """
 
 import argparse
-import asyncio
 import atexit
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,19 @@ from pydantic import Field
 from tqdm import tqdm
 
 from pipeline import params, pictures, schema, shards
+from pipeline.amazon import sized
+from pipeline.reading import store
 
 if TYPE_CHECKING:
     from pipeline.fetch import Fetched
 
+KEPT = Path(".cache/pictures")
+TRANSIENT = frozenset({"transient"})
+STATUSES = (  # that another try may change
+    *("transient", "truncated", "refused", "not_found", "forbidden_host", "too_large"),
+    *("not_image", "corrupt", "placeholder"),
+)
+RETRY = f"of {', '.join(STATUSES)}; then `dvc repro` records what came"
 A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -39,15 +49,17 @@ class Settings(params.Settings):
     max_bytes: int = Field(32 << 20, ge=1)
     max_pixels: int = Field(40_000_000, ge=1, le=178_000_000)
     min_px: int = Field(16, ge=1)  # a shorter side is a placeholder
+    cdn_size_px: int | None = Field(None, ge=16, le=5000)  # Amazon's server scales the longer side to this
     shard_size: int = Field(64, ge=1, le=4096)
     # these change no byte of a finished shard
     concurrency: int = Field(16, ge=1, le=256)  # requests at a time, per worker
+    requests_per_s: float | None = Field(None, gt=0)  # at most, per worker
     timeout_s: float = Field(30.0, gt=0)  # of one try, redirects included
     attempts: int = Field(5, ge=1, le=20)
-    max_transient: float = Field(0.0, ge=0, le=1)  # share of rows that may fail for now
+    max_transient: float = Field(0.01, ge=0, le=1)  # share of rows that may fail for now
 
 
-UNSEEN = frozenset({"concurrency", "timeout_s", "attempts", "max_transient"})
+UNSEEN = frozenset({"concurrency", "requests_per_s", "timeout_s", "attempts", "max_transient"})
 
 
 def wanted(products: Path) -> dict[str, str | None]:
@@ -92,6 +104,7 @@ def inputs(urls: dict[str, str | None], settings: Settings) -> list[dict[str, An
     rows = []
     for asin, url in tqdm(urls.items(), desc="images looked for", disable=None, leave=False):
         local = url is not None and settings.base is not None and not A_URL.match(url)
+        url = None if url is None else sized(url, settings.cdn_size_px)
         rows.append(
             {"asin": asin, "url": url, "local": _content(read_local(settings, str(url))) if local else None}
         )
@@ -114,30 +127,67 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
     network = functools.cache(lambda: _network(settings))
 
     def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
-        urls = [row["url"] for row in rows if row["url"] and row["local"] is None]
-        fetched = iter(network()(urls) if urls else [])
+        kept = {row["asin"]: _kept(row["url"]) for row in rows if row["url"] and row["local"] is None}
+        urls = {row["asin"]: row["url"] for row in rows if row["asin"] in kept and not kept[row["asin"]]}
+        fetched = iter(network()(urls.values()) if urls else ())
+        made = []
         for row in rows:
             found: bytes | pictures.Verdict
             if not row["url"]:
                 found = pictures.Verdict("no_url")
-            elif row["local"] is None:
-                answer = next(fetched)
-                ok = answer.status == "ok"
-                found = answer.data if ok else pictures.Verdict(answer.status, answer.error)
-            else:
+            elif row["local"] is not None:
                 found = read_local(settings, row["url"])
                 if _content(found) != row["local"]:
                     raise ValueError(f"{row['url']} of {row['asin']} changed while it was read; run again")
-            yield _row(row, found, settings)
+            elif (before := kept[row["asin"]]) is not None:
+                found = before
+            else:
+                answer = next(fetched)
+                found = (
+                    answer.data if answer.status == "ok" else pictures.Verdict(answer.status, answer.error)
+                )
+            made.append(_row(row, found, settings))
+            yield made[-1]
+        _keep(made, [row["url"] for row in rows])
 
     return process
 
 
-def _network(settings: Settings) -> Callable[[list[str]], "list[Fetched]"]:
-    """One client, its event loop and its connections for the worker's life."""
+# Pictures of shards that are not finished: the next try asks only for what failed for now
+
+
+def _place(url: str) -> Path:
+    digest = hashlib.sha256(url.encode()).hexdigest()
+    return KEPT / digest[:2] / digest
+
+
+def _kept(url: str) -> bytes | None:
+    place = _place(url)
+    return place.read_bytes() if place.is_file() else None
+
+
+def _keep(made: list[dict[str, Any]], urls: list[str | None]) -> None:
+    """Keep the pictures of a shard with transient failures, and forget those of one without."""
+    again = any(row["status"] in TRANSIENT for row in made)
+    for row, url in zip(made, urls, strict=True):
+        if not url or not A_URL.match(url):
+            continue
+        if not again:
+            _place(url).unlink(missing_ok=True)
+        elif row["image"] is not None and not _place(url).is_file():
+            _keep_one(url, row["image"])
+
+
+def _keep_one(url: str, data: bytes) -> None:
+    with shards.atomically(_place(url)) as temporary:
+        temporary.write_bytes(data)
+
+
+def _network(settings: Settings) -> "Callable[[Iterable[str]], Iterator[Fetched]]":
+    """One client, its event loop and its connections for the worker's life; pictures come in order."""
     from pipeline import fetch
 
-    runner = asyncio.Runner()
+    background = fetch.Background()
 
     async def connect() -> fetch.Client:
         return fetch.Client(
@@ -146,11 +196,12 @@ def _network(settings: Settings) -> Callable[[list[str]], "list[Fetched]"]:
             max_bytes=settings.max_bytes,
             timeout_s=settings.timeout_s,
             attempts=settings.attempts,
+            per_s=settings.requests_per_s,
         )
 
-    client = runner.run(connect())
-    atexit.register(lambda: runner.run(client.session.close()))
-    return lambda urls: runner.run(client.fetch_all(urls))
+    client = background.run(connect())
+    atexit.register(lambda: background.run(client.close()))
+    return lambda urls: background.in_order(client.fetch, urls)
 
 
 def _row(row: dict[str, Any], found: bytes | pictures.Verdict, settings: Settings) -> dict[str, Any]:
@@ -186,19 +237,39 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         make_worker=make_worker,
         libraries=("pillow",),
         threads=1,
-        transient=frozenset({"transient"}),
+        transient=TRANSIENT,
         max_transient=settings.max_transient,
     )
+
+
+def forget_failed(corpus: str, statuses: Collection[str]) -> None:
+    """Take the shards of a finished stage with a row of these statuses out of the store.
+
+    The next run makes them anew; the good pictures in them are kept for it and not asked for again.
+    """
+    folder = shards.ShardFolder(Path("data") / corpus / "images")
+    failed = [shard for shard in folder.shards if set(statuses) & shard["status"].keys()]
+    for shard in failed:
+        for row in pq.read_table(folder.path / shard["name"], columns=["url", "image"]).to_pylist():
+            if row["image"] is not None and A_URL.match(row["url"]):
+                _keep_one(row["url"], row["image"])
+        for file in store().glob(f"images/??/{shard['fingerprint']}.*"):
+            file.unlink()
+    count = sum(shard["status"].get(status, 0) for shard in failed for status in statuses)
+    sys.stderr.write(f"images of {corpus}: {count} rows in {len(failed)} shards are tried again\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.images", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("corpus", metavar="CORPUS", help="a corpus of params.yaml")
-    corpus = parser.parse_args().corpus
+    parser.add_argument("--retry-failed", nargs="*", metavar="STATUS", choices=STATUSES, help=RETRY)
+    given = parser.parse_args()
     try:
-        settings = params.load(Settings, params.CONFIG / corpus / "images.json")
-        shards.run(job(corpus, settings))
+        settings = params.load(Settings, params.CONFIG / given.corpus / "images.json")
+        if given.retry_failed is not None:
+            forget_failed(given.corpus, given.retry_failed or TRANSIENT)
+        shards.run(job(given.corpus, settings))
     except ValueError as error:
         raise SystemExit(f"images: {error}") from error
 

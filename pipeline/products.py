@@ -9,7 +9,6 @@ One file: what happens to a row, from label and metadata to split, in that order
 
 import argparse
 import heapq
-import html
 import json
 import re
 import sys
@@ -23,13 +22,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline import mave, mepave, params, schema
+from pipeline.amazon import image_urls, root_category
 from pipeline.disk import atomically, write_json
 from pipeline.labels import NONE, Labels, Spool
 from pipeline.split import Split, assign, rank
 from pipeline.tally import Tally
 
 Root = tuple[str, list[str]]  # name of the root category, image URLs
-IMAGE_KEYS = ("imageURLHighRes", "imageURL", "image")
 
 
 class Settings(params.Settings):
@@ -363,29 +362,6 @@ def _stands_in(value: str, spans: list[dict[str, Any]], texts: list[str]) -> boo
         return True
     word = re.compile(rf"(?<!\w){re.escape(_folded(value))}(?!\w)")
     return any(word.search(_folded(text)) for text in texts)
-
-
-# Metadata
-
-
-def image_urls(metadata: dict[str, Any]) -> list[str]:
-    """Picture addresses, best first: high resolution, else thumbnails, else the older key `image`."""
-    for key in IMAGE_KEYS:
-        urls = metadata.get(key)
-        urls = [urls] if isinstance(urls, str) else urls
-        if isinstance(urls, list) and any(isinstance(url, str) and url.strip() for url in urls):
-            return [url.strip() for url in urls if isinstance(url, str) and url.strip()]
-    return []
-
-
-def root_category(metadata: dict[str, Any]) -> str:
-    """`main_cat`, which may be an image tag with the name as its alt text, written with "and"; or ""."""
-    name = metadata.get("main_cat")
-    if not isinstance(name, str):
-        return ""
-    if alt := re.search(r'alt="([^"]*)"', name):
-        name = alt[1]
-    return " ".join(html.unescape(name).replace("&", " and ").split())
 
 
 # Sampling and splitting

@@ -150,9 +150,9 @@ CSS = (".a #b div 3px a-b-c { } color:", ".one .two #three div.four 12px a-b-c-d
 ODD = (None, 7, 1.5, True, {}, {"a": "b"}, [], [None], [7, "kept"], [["nested"]], "", " ", [""], ["", " "])
 
 
-def mutated(line: bytes, rng: random.Random, others: list[str]) -> bytes:
-    """A real metadata line, damaged in one to four ways; `others` are asins that it may take over."""
-    record = json.loads(line)
+def mutated(line: bytes, rng: random.Random, asin: str, others: list[str]) -> bytes:
+    """A real metadata line as of `asin`, damaged in one to four ways; it may take an asin of `others`."""
+    record = {**json.loads(line), "asin": asin}
     for _ in range(rng.randint(1, 4)):
         source = rng.choice(SOURCES)
         match rng.randrange(10):

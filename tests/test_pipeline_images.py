@@ -2,6 +2,7 @@ import asyncio
 import hashlib
 import io
 import json
+import random
 import threading
 import time
 from collections import Counter
@@ -10,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from misbehaving import serving
 from PIL import Image, PngImagePlugin
 
 from pipeline import fetch, images, params, pictures, schema, shards
 
 PACKSHOTS = Path(__file__).parent.parent.parent / "shared/data/packshots"
+BACKGROUND = fetch.Background()
 LIMITS = {"max_pixels": 1_000_000, "min_px": 16}
 
 
@@ -367,9 +372,9 @@ def fetched(urls, hosts, **options):
     async def all_of_them():
         client = fetch.Client(hosts, **options)
         try:
-            return await client.fetch_all(urls)
+            return await asyncio.gather(*map(client.fetch, urls))
         finally:
-            await client.session.close()
+            await client.close()
 
     return asyncio.run(all_of_them())
 
@@ -464,9 +469,172 @@ def test_connections_are_kept_and_answers_stand_in_the_order_of_the_questions(se
     assert answers[3].data == TABLE["one pixel"][0]
 
 
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [(None, None), ("7", 7.0), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
-)
-def test_retry_after_is_seconds_or_a_date(header, seconds):
-    assert fetch._after_s(header) == seconds
+# Faults, orders of arrival, tries
+
+FILES = {f"{number}.jpg": encoded(picture(seed=number), "JPEG") for number in range(24)}
+FAULTS = {  # path -> status
+    "ok/0.jpg": "ok",
+    "404": "not_found",
+    "410": "not_found",
+    "403": "refused",
+    "429/1.jpg?n=1": "ok",
+    "429/2.jpg?n=1&retry_after=0": "ok",
+    "429/3.jpg?n=1&retry_after=1": "ok",
+    "429?retry_after=3600": "transient",
+    "429": "transient",
+    "500/4.jpg?n=1": "ok",
+    "500": "transient",
+    "reset": "transient",
+    "cut/5.jpg?at=900": "truncated",
+    "cut/5.jpg?at=900&length=no": "truncated",
+    "cut-reset/5.jpg?at=900": "truncated",
+    "slow-header": "transient",
+    "never": "transient",
+    "drip/6.jpg": "transient",
+    "endless": "too_large",
+    "bomb": "not_image",
+    "html": "not_image",
+    "html?type=image/jpeg": "not_image",
+    "to?url=http://10.0.0.1/x.jpg": "forbidden_host",
+    "to?url=http://169.254.169.254/x.jpg": "forbidden_host",
+    "to?url=file:///etc/hostname": "forbidden_host",
+    "ok/dot.png": "placeholder",
+}
+LOOPBACK = {"attempts": 2, "max_bytes": 1 << 20, "timeout_s": 0.6, "max_transient": 1.0}
+
+
+def test_every_fault_of_a_server_has_its_status_and_holds_its_deadline(corpus):
+    with serving({**FILES, "dot.png": TABLE["one pixel"][0]}) as server:
+        asins = {f"B{number:09d}": path for number, path in enumerate(FAULTS)}
+        urls = {asin: [server.url(path)] for asin, path in asins.items()}
+        started = time.monotonic()
+        rows = corpus(urls, hosts=[server.place], shard_size=64, **LOOPBACK)
+        assert time.monotonic() - started < 12
+        assert {asins[asin]: row["status"] for asin, row in rows.items()} == FAULTS
+        assert all((row["image"] is None) == (row["status"] != "ok") for row in rows.values())
+        assert server.sent["endless"] < 8 << 20, "the body was read on after the limit"
+        assert server.hits["404"] == server.hits["403"] == server.hits["429?retry_after=3600"] == 1
+        assert server.hits["429"] == server.hits["500"] == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=30))
+def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_arrival(delays):
+    arrived = []
+
+    async def ask(name):
+        number, delay = map(int, name.split())
+        await asyncio.sleep(delay / 2000)
+        arrived.append(number)
+        return number
+
+    urls = [f"{number} {delay}" for number, delay in enumerate(delays)]
+    assert list(BACKGROUND.in_order(ask, urls)) == list(range(len(delays)))
+    assert sorted(arrived) == list(range(len(delays)))
+
+
+def shard_bytes(folder="data/toy/images"):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.parquet"))}
+
+
+def test_orders_of_arrival_and_passing_faults_change_no_byte(corpus, monkeypatch, tmp_path):
+    seen = set()
+    with serving(FILES) as server:
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+        urls |= {f"C{number:09d}": [server.url(path)] for number, path in enumerate(("404", "html", "403"))}
+        for seed in range(3):
+            rng = random.Random(seed)
+            server.delays = {name: rng.random() / 10 for name in FILES}
+            faults = ("429", "500", "cut/0.jpg?at=50", "reset")
+            server.script = {name: [rng.choice(faults)] for name in rng.sample(sorted(FILES), seed * 4)}
+            monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / f"store-{seed}"))
+            rows = corpus(urls, hosts=[server.place], shard_size=10, attempts=3)
+            assert [row["status"] for row in rows.values()].count("ok") == len(FILES)
+            seen.add(tuple(shard_bytes().items()))
+    assert len(seen) == 1
+
+
+def test_only_what_failed_for_now_is_asked_for_again(corpus):
+    with serving(FILES) as server:
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+        urls["C000000001"] = [server.url("500/0.jpg?n=1")]
+        settings = {"hosts": [server.place], "shard_size": 64, "attempts": 1}
+        with pytest.raises(ValueError, match=r"1 of 25 rows failed for now"):
+            corpus(urls, **settings)
+        rows = corpus(urls, **settings)
+        assert {row["status"] for row in rows.values()} == {"ok"}
+        assert all(server.hits[name] == 1 for name in FILES), "a picture that was had was fetched again"
+        assert server.hits["500/0.jpg?n=1"] == 2
+    assert not [path for path in Path(".cache/pictures").rglob("*") if path.is_file()]
+
+
+def test_failed_rows_of_a_finished_stage_are_retried_by_command(corpus, monkeypatch, tmp_path):
+    with serving(FILES) as server:
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+        urls["C000000001"] = [server.url("404/0.jpg?n=1")]
+        urls["C000000002"] = [server.url("500/1.jpg?n=1")]
+        settings = {"hosts": [server.place], "shard_size": 5, "attempts": 1, "max_transient": 0.1}
+        before = corpus(urls, **settings)
+        assert (before["C000000001"]["status"], before["C000000002"]["status"]) == ("not_found", "transient")
+        Path("config/toy").mkdir(parents=True)
+        Path("config/toy/images.json").write_text(json.dumps(settings))
+        counts = {}
+        for statuses in ([], ["not_found"]):
+            command = ["images", "toy", "--retry-failed", *statuses]
+            monkeypatch.setattr("sys.argv", command)
+            images.main()
+            rows = {row["asin"]: row for row in shards.ShardFolder(Path("data/toy/images")).rows()}
+            counts[tuple(statuses)] = [rows[asin]["status"] for asin in ("C000000001", "C000000002")]
+        assert counts == {(): ["not_found", "ok"], ("not_found",): ["ok", "ok"]}
+        assert all(server.hits[name] == 1 for name in FILES)
+
+
+def test_requests_keep_their_pace_and_a_busy_server_is_left_alone(server):
+    urls = [f"http://{server.host}/good"] * 12
+    started = time.monotonic()
+    assert {answer.status for answer in fetched(urls, [server.host], per_s=30)} == {"ok"}
+    assert 11 / 30 <= time.monotonic() - started < 3
+    server.times.clear()
+    fetched([f"http://{server.host}/busy"], [server.host])
+    answers = fetched([f"http://{server.host}/broken", *urls], [server.host], concurrency=1, attempts=3)
+    assert {answer.status for answer in answers} == {"ok"}
+    assert server.times["busy"][1] - server.times["busy"][0] >= 1
+
+
+def test_after_a_retry_after_no_request_of_any_picture_begins_too_early():
+    async def begin():
+        turns = fetch.Turns(None)
+        await turns.take()
+        turns.hold(0.2)
+        await asyncio.gather(*(turns.take() for _ in range(3)))
+
+    started = time.monotonic()
+    asyncio.run(begin())
+    assert 0.2 <= time.monotonic() - started < 1
+
+
+def test_amazon_scales_where_a_size_is_asked_for(corpus):
+    urls = {"B000000001": ["https://m.media-amazon.com/images/I/51abc.jpg"], "B000000002": ["a.jpg"]}
+    rows = corpus(urls, cdn_size_px=800, max_transient=1.0)
+    assert rows["B000000001"]["url"] == "https://m.media-amazon.com/images/I/51abc._SL800_.jpg"
+    assert rows["B000000002"]["url"] == "a.jpg"
+
+
+def test_a_jpeg_gets_the_same_verdict_as_by_making_every_pixel():
+    rng = random.Random(0)
+    sources = [
+        encoded(picture(seed=5), "JPEG", quality=50),
+        encoded(picture(seed=6), "JPEG", progressive=True),
+    ]
+    seen = Counter()
+    for number in range(600):
+        data = bytearray(sources[number % 2])
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        data = bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
+        quick = pictures.inspect(data, **LIMITS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pictures, "_decoded_size", lambda _, data: pictures.decode(data).size)
+            assert quick == pictures.inspect(data, **LIMITS)
+        seen[quick.status] += 1
+    assert min(seen["ok"], seen["truncated"]) > 30, seen

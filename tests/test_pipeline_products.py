@@ -62,6 +62,8 @@ def built(folder: Path, *labels: Any, **settings: Any) -> tuple[list[dict[str, A
     return products.build(source(folder, *labels), "mine", Settings(kind="mave", **settings), tally), tally
 
 
+UNSCALED = "https://images-na.ssl-images-amazon.com/images/I/51a+bc-L.jpg"
+THUMBNAIL = UNSCALED.replace("L.jpg", "L._SS40_.jpg")
 RED = attribute("Color", span("Red", 0, 0))
 
 
@@ -278,6 +280,11 @@ def test_values_get_their_origin_from_the_label_else_from_the_text(tmp_path: Pat
         ({"image": ["o", "p"]}, ["o", "p"]),
         ({"image": "o"}, ["o"]),
         ({"imageURLHighRes": [None, " ", 3]}, []),
+        ({"image": [THUMBNAIL, THUMBNAIL.replace("SS40", "US40")]}, [UNSCALED]),
+        ({"imageURLHighRes": [], "imageURL": [THUMBNAIL]}, [UNSCALED]),
+        ({"image": [THUMBNAIL.replace("SS40", "AC_SR38,50")]}, [UNSCALED]),
+        ({"image": ["a._SS40_.jpg"]}, ["a._SS40_.jpg"]),
+        ({"imageURLHighRes": [UNSCALED], "imageURL": [THUMBNAIL]}, [UNSCALED]),
         ({}, []),
     ],
 )
