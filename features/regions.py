@@ -142,6 +142,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         libraries=("torch", "torchvision", "numpy", "pillow"),
         weights=weights,
         threads=settings.threads,
+        lost=NO_REGIONS,
     )
 
 

@@ -99,6 +99,24 @@ def decode(data: bytes) -> Image.Image:
     return upright.convert("RGB")
 
 
+def decode_grey(data: bytes) -> np.ndarray:
+    """Brightness of the same upright pixels, (height, width) uint8: a JPEG's own, else ITU-R 601 of the RGB.
+
+    A JPEG's own is what its file stores; from its RGB, strong colours would come out up to 26 off.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "JPEG":
+            image.draft("L", image.size)
+            image.load()
+        turn = UPRIGHT.get(_orientation(image))
+    if image.mode == "L" and image.format == "JPEG":
+        return np.asarray(image if turn is None else image.transpose(turn))
+    red, green, blue = np.moveaxis(np.asarray(decode(data), dtype=np.uint32), 2, 0)
+    return ((red * 4899 + green * 9617 + blue * 1868 + 8192) >> 14).astype(np.uint8)
+
+
 def _orientation(image: Image.Image) -> int:
     """1 (upright) also where the EXIF block cannot be read: it says nothing then."""
     try:

@@ -23,7 +23,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pipeline import params, schema, workers
+from pipeline import cluster, params, schema, workers
 from pipeline.disk import atomically, is_intact, sha256_of, sync_folder, write_json
 from pipeline.provenance import code_digest, code_files, digest
 from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
@@ -51,10 +51,14 @@ __all__ = [
     "write_json",
 ]
 
-EXECUTORS: dict[str, workers.Executor] = {"local": workers.local}
+EXECUTORS: dict[str, workers.Executor] = {"local": workers.local, "dask": cluster.dask}
 LOCKS = Path(".cache/locks")
 LOCK_WAIT_S = 10.0  # an orphan of a killed run needs a moment to stop
-LAYOUT = 1  # of a stored shard; part of every fingerprint
+KILLS_WORKER = "kills_worker"  # status of a row with which worker after worker died
+LAYOUT = 2  # of a stored shard; part of every fingerprint
+
+Made = dict[str, Any] | Counter[str]  # a row of the output, or counts of what was measured
+MakeWorker = Callable[[Any], Callable[[Rows], Iterable[Made]]]
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,13 @@ class Job:
 
     `make_worker(settings)` is called once in each worker process (load models there); it returns
     `process(rows)`, which gives one row of `schema` per input row, in order; a generator shows
-    progress row by row. `make_worker` is a top-level function, `settings` and `chunks` are
-    picklable. `threads` is what each worker computes with, whatever the number of workers or of
-    cores, and therefore part of the fingerprint. Rows whose status is in `transient` failed for
-    now: their shard is made again by the next run, and more than the share `max_transient` of
-    them fails the stage.
+    progress row by row. Among the rows it may give a `Counter` of what it measured: they are summed
+    over all shards, and `measures(sum)` is what the stage's metrics tell of them. `make_worker` is a
+    top-level function, `settings` and `chunks` are picklable. `threads` is what each worker computes
+    with, whatever the number of workers or of cores, and therefore part of the fingerprint. Rows
+    whose status is in `transient` failed for now: their shard is made again by the next run, and
+    more than the share `max_transient` of them fails the stage. A row that kills its worker gets the
+    status `kills_worker` and the columns `lost`.
     """
 
     stage: str
@@ -76,13 +82,16 @@ class Job:
     settings: params.Settings
     schema: pa.Schema
     chunks: Sequence[Chunk]
-    make_worker: Callable[[Any], Callable[[Rows], Iterable[dict[str, Any]]]]
+    make_worker: MakeWorker
     unseen: frozenset[str] = frozenset()  # settings that change no byte of a finished shard
     libraries: tuple[str, ...] = ()  # distributions whose versions change the bytes
     weights: Mapping[str, str] | None = None  # name -> sha256
+    precision: str = "float32"  # what the settings come to on this machine
     threads: int = 2
+    measures: Callable[[Counter[str]], dict[str, Any]] = dict
     transient: frozenset[str] = frozenset()
     max_transient: float = 0.0
+    lost: Mapping[str, Any] | None = None  # other columns of a row whose status is `kills_worker`; None: null
 
     @property
     def output(self) -> Path:
@@ -100,6 +109,7 @@ class Job:
             },
             "python": ".".join(platform.python_version_tuple()[:2]),
             "weights": dict(self.weights or {}),
+            "precision": self.precision,
             "threads": self.threads,
             "schema": str(self.schema.to_string(show_schema_metadata=True)),
         }
@@ -133,7 +143,9 @@ class _Stored:
         sys.stderr.write(f"{self.path} is corrupt: it is made again\n")
         return None
 
-    def write(self, rows: Rows, job_schema: pa.Schema, transient: frozenset[str]) -> dict[str, Any]:
+    def write(
+        self, rows: Rows, measured: Counter[str], job_schema: pa.Schema, transient: frozenset[str]
+    ) -> dict[str, Any]:
         status = Counter(row["status"] for row in rows)
         finished = not transient.intersection(status)
         path = self.path if finished else self.unfinished
@@ -144,6 +156,7 @@ class _Stored:
                 "bytes": temporary.stat().st_size,
                 "sha256": sha256_of(temporary),
                 "status": dict(sorted(status.items())),
+                "measured": dict(sorted(measured.items())),
                 "first": rows[0]["asin"],
                 "last": rows[-1]["asin"],
             }
@@ -153,29 +166,49 @@ class _Stored:
         return record
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Make a shard, without the rows that are `fatal`; or see whether the row `only` is."""
+
+    chunk: Chunk
+    stored: _Stored
+    fatal: frozenset[int] = frozenset()
+    only: int | None = None
+
+
 @dataclass(frozen=True)
 class _OpenWorker:
-    """Picklable: makes the function that turns one (chunk, place in the store) into a record."""
+    """Picklable: makes the function that turns a task into the record of a shard."""
 
     job_settings: Any
-    make_worker: Callable[[Any], Callable[[Rows], Iterable[dict[str, Any]]]]
+    make_worker: MakeWorker
     schema: pa.Schema
     transient: frozenset[str]
+    lost: Mapping[str, Any] | None
 
     def __call__(self) -> workers.Handle:
         process = self.make_worker(self.job_settings)
 
-        def handle(task: tuple[Chunk, _Stored], tick: Callable[[int], None]) -> dict[str, Any]:
-            chunk, stored = task
-            rows = chunk.load()
-            asins = [row["asin"] for row in rows]
-            made = []
-            for row in process(rows):
-                made.append(row)
+        def handle(task: _Task, tick: Callable[[int], None]) -> dict[str, Any] | None:
+            rows = task.chunk.load()
+            if task.only is not None:
+                for _ in process([rows[task.only]]):
+                    pass
+                return None
+            made, measured = [], Counter[str]()
+            for one in process([row for at, row in enumerate(rows) if at not in task.fatal]):
+                if isinstance(one, Counter):
+                    measured.update(one)
+                    continue
+                made.append(one)
                 tick(1)
+            for at in sorted(task.fatal):
+                columns = self.lost or dict.fromkeys(self.schema.names)
+                made.insert(at, {**columns, "asin": rows[at]["asin"], "status": KILLS_WORKER})
+            asins = [row["asin"] for row in rows]
             if [row["asin"] for row in made] != asins:
                 raise ValueError(f"made {len(made)} rows that are not those of the {len(asins)} inputs")
-            return stored.write(made, self.schema, self.transient)
+            return task.stored.write(made, measured, self.schema, self.transient)
 
         return handle
 
@@ -211,38 +244,83 @@ def run(job: Job) -> Path:
     """Make every shard that the store lacks, then assemble data/CORPUS/STAGE; its manifest.json comes last.
 
     $SMARTAVE_WORKERS processes work at a time (default: as many as keep all cores busy), on the
-    executor $SMARTAVE_EXECUTOR (default `local`); neither changes a byte. Raises `ValueError` naming
+    executor $SMARTAVE_EXECUTOR (`local`, the default, or `dask`); neither changes a byte. A row that kills
+    its worker, tried alone, twice has the status `kills_worker`. Raises `ValueError` naming
     the shard that cannot be made; what is finished stays in the store for the next run.
     """
-    execute, num_workers = _executor(job.threads)
     made_with = job.made_with()
     name = f"{job.stage} of {job.corpus}"
     with sole_writer(job.stage, job.corpus), workers.stopping_with_parent():
         shards = [_Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
         records = [shard.record() for shard in shards]
-        todo = [index for index, record in enumerate(records) if record is None]
+        todo = {
+            index: _Task(job.chunks[index], shards[index])
+            for index, record in enumerate(records)
+            if record is None
+        }
         with _progress(name, job.chunks, records) as bar:
-            results = execute(
-                _OpenWorker(job.settings, job.make_worker, job.schema, job.transient),
-                [(job.chunks[index], shards[index]) for index in todo],
-                workers=num_workers,
-                threads=job.threads,
-                progress=bar.update,
-            )
-            with contextlib.closing(results):
-                try:
-                    for at, record in results:
-                        records[todo[at]] = record
-                except workers.TaskError as error:
-                    index = todo[error.index]
-                    first, last = job.chunks[index].ends
-                    raise ValueError(f"{name}: shard {index:05d} ({first} to {last}): {error}") from None
+            for index, record in _made(job, name, todo, bar.update):
+                records[index] = record
         finished = [record for record in records if record is not None]
         assert len(finished) == len(shards)
         status: Counter[str] = sum((Counter(record["status"]) for record in finished), Counter())
         _check_transient(job, status)
         _assemble(job, made_with, shards, finished, status)
     return job.output
+
+
+def _made(
+    job: Job, name: str, todo: Mapping[int, _Task], progress: Callable[[int], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(shard, its record) as they are made. A shard that takes its workers with it is made without the rows
+    that do so by themselves."""
+    died: dict[int, workers.Died] = {}
+    for index, result in _executed(job, name, todo, progress):
+        if isinstance(result, workers.Died):
+            died[index] = result
+        else:
+            yield index, result
+    for index, death in sorted(died.items()):
+        task = todo[index]
+        alone = {at: replace(task, only=at) for at in range(task.chunk.num_rows)}
+        fatal = {
+            at: result
+            for at, result in _executed(job, name, alone, lambda _: None)
+            if isinstance(result, workers.Died)
+        }
+        without = {index: replace(task, fatal=frozenset(fatal))}
+        [(_, result)] = list(_executed(job, name, without, progress))
+        if isinstance(result, workers.Died):
+            told = f", also without the {len(fatal)} rows that kill one" if fatal else ", by no row alone"
+            raise ValueError(
+                f"{_named(name, index, task)}: its worker died {workers.MAX_DEATHS} times, last by "
+                f"{death.how}{told}"
+            )
+        progress(len(fatal))
+        yield index, result
+
+
+def _executed(
+    job: Job, name: str, tasks: Mapping[int, _Task], progress: Callable[[int], None]
+) -> Iterator[tuple[int, Any]]:
+    execute, num_workers = _executor(job.threads)
+    indices = list(tasks)
+    open_worker = _OpenWorker(job.settings, job.make_worker, job.schema, job.transient, job.lost)
+    results = execute(
+        open_worker, list(tasks.values()), workers=num_workers, threads=job.threads, progress=progress
+    )
+    with contextlib.closing(results):
+        try:
+            for at, result in results:
+                yield indices[at], result
+        except workers.TaskError as error:
+            index = indices[error.index]
+            raise ValueError(f"{_named(name, index, tasks[index])}: {error}") from None
+
+
+def _named(name: str, index: int, task: _Task) -> str:
+    first, last = task.chunk.ends
+    return f"{name}: shard {index:05d} ({first} to {last})"
 
 
 def _executor(threads: int) -> tuple[workers.Executor, int]:
@@ -286,7 +364,8 @@ def _assemble(
             _link(shard.path, path)
         entries.append({"name": path.name, "fingerprint": shard.fingerprint, **record})
     sync_folder(job.output)
-    counts = {"rows": status.total(), "status": dict(sorted(status.items()))}
+    measured = sum((Counter(record["measured"]) for record in records), Counter[str]())
+    counts = {"rows": status.total(), "status": dict(sorted(status.items())), **job.measures(measured)}
     write_json(counts, Path("metrics") / job.corpus / f"{job.stage}.json")
     fingerprint = digest([made_with, [shard.fingerprint for shard in shards]])
     complete = {"fingerprint": fingerprint, "made_with": made_with, **counts, "shards": entries}

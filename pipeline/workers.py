@@ -1,9 +1,10 @@
 """The `local` executor: tasks over spawned processes that live and die with this one.
 
 An executor is a function `(open_worker, tasks, workers=, threads=, progress=) -> generator of
-(task index, result)`, in order of arrival. `open_worker()` is called once in each worker and
-returns `handle(task, tick)`; `tick(n)` reports that n more rows are done. Both travel by pickle,
-so they are top-level functions and plain values. Another engine (Dask) is another such function.
+(task index, result)`, in order of arrival; the result of a task that took `MAX_DEATHS` workers with it is
+`Died`. `open_worker()` is called once in each worker and returns `handle(task, tick)`; `tick(n)` reports
+that n more rows are done. Both travel by pickle, so they are top-level functions and plain values.
+Dask is another such function (pipeline/cluster.py).
 """
 
 import contextlib
@@ -39,6 +40,13 @@ class Executor(Protocol):
         threads: int,
         progress: Callable[[int], None],
     ) -> Generator[tuple[int, Any], None, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """What became of a task whose every worker died; `how` the last one did."""
+
+    how: str
 
 
 class TaskError(ValueError):
@@ -77,7 +85,7 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
         try:
             handle = open_worker()
         except Exception as error:  # noqa: BLE001 - told to the parent, which raises
-            pipe.send(("unopened", _message(error)))
+            pipe.send(("unopened", message(error)))
             return
         while True:
             task = pipe.recv()
@@ -95,11 +103,11 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
                 pipe.send(("rows", pending))
                 pipe.send(("done", result))
             except Exception as error:  # noqa: BLE001 - told to the parent, which raises
-                pipe.send(("failed", _message(error)))
+                pipe.send(("failed", message(error)))
                 return
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).strip()
 
 
@@ -121,7 +129,7 @@ class _Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_main, args=(os.getpid(), theirs, self.open_worker), daemon=True)
-        with _environment(dict.fromkeys(THREAD_VARIABLES, str(self.threads))):
+        with environment(dict.fromkeys(THREAD_VARIABLES, str(self.threads))):
             process.start()
         theirs.close()
         self.workers.append(_Worker(process, ours))
@@ -137,7 +145,7 @@ class _Pool:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -160,9 +168,9 @@ def local(
 ) -> Generator[tuple[int, Any], None, None]:
     """Each worker computes with exactly `threads` threads, however many workers there are: equal bits.
 
-    A worker that dies (out of memory, a fault in a decoder) costs one more try of its task; a task
-    whose worker died twice raises `TaskError`, as does one that raises; a worker that cannot open
-    raises `ValueError`. `progress(n)` gets the change in rows done, negative when a try is lost.
+    A worker that dies (out of memory, a fault in a decoder) costs one more try of its task; one that dies
+    with the second try makes the task's result `Died`. A task that raises raises `TaskError`, a worker that
+    cannot open `ValueError`. `progress(n)` gets the change in rows done, negative when a try is lost.
     """
     pool = _Pool(open_worker, threads)
     waiting, deaths = deque(range(len(tasks))), [0] * len(tasks)
@@ -190,10 +198,10 @@ def local(
                     deaths[worker.index] += 1
                     if deaths[worker.index] == MAX_DEATHS:
                         how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-                        raise TaskError(
-                            worker.index, f"its worker died {MAX_DEATHS} times, last by {how}"
-                        ) from None
-                    waiting.appendleft(worker.index)
+                        left -= 1
+                        yield worker.index, Died(how)
+                    else:
+                        waiting.appendleft(worker.index)
                     continue
                 assert worker.index is not None
                 if kind == "unopened":
@@ -205,8 +213,8 @@ def local(
                     progress(value)
                 else:
                     left -= 1
-                    yield worker.index, value
-                    worker.index = None
+                    index, worker.index = worker.index, None
+                    yield index, value
     finally:
         for worker in list(pool.workers):
             pool.stop(worker)

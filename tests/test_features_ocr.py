@@ -1,9 +1,12 @@
-import functools
 import pickle
 import shutil
 import sys
+import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import pyarrow as pa
@@ -13,8 +16,10 @@ from conftest import SHARED_DATA, copy_project, new_workspace
 from image_shards import encoded, write_images
 from PIL import Image, ImageDraw, ImageFont
 
-from features import ocr
-from pipeline import schema, shards
+from features import craft, ocr
+from features import rapid as rapid_engine
+from features.lines import Line, agreement, edits, lines_in_order, reading_order
+from pipeline import pictures, sample, schema, shards
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
 
@@ -38,14 +43,26 @@ def settings() -> ocr.Settings:
 
 
 @pytest.fixture(scope="session")
-def reader(settings: ocr.Settings):
-    torch.set_num_threads(settings.threads)
-    return ocr.open_reader(settings)
+def work(settings: ocr.Settings) -> ocr.Work:
+    return ocr.make_worker(settings)
 
 
 @pytest.fixture(scope="session")
-def process(reader, settings: ocr.Settings):
-    return functools.partial(ocr.read_rows, reader, settings)
+def reader(work):
+    return work.engine.reader
+
+
+@pytest.fixture(scope="session")
+def process(work):
+    return lambda rows: rows_of(work, rows)
+
+
+def rows_of(work: ocr.Work, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [made for made in work(rows) if not isinstance(made, Counter)]
+
+
+def lines_of(made: dict[str, object]) -> list[Line]:
+    return [Line(line["text"], line["confidence"], tuple(line["quad"])) for line in made["lines"]]
 
 
 def row(image: bytes | None, status: str = "ok", asin: str = "B000000001") -> dict[str, object]:
@@ -106,43 +123,202 @@ def test_a_picture_without_lines_is_a_row_with_a_reason(process, image, status, 
 
 
 def test_the_same_pictures_give_the_same_bytes_whatever_came_before(process, label, tmp_path):
-    picture = row(encoded(label[0]))
-    first, _, again = process([picture, row(encoded(label[0].rotate(180))), picture])
-    for name, made in (("first", first), ("again", again)):
-        schema.write_parquet([made], schema.OCR, tmp_path / name)
+    pictures = [row(encoded(label[0])), row(encoded(label[0].rotate(180))), row(encoded(label[0]))]
+    first = process(pictures)
+    process(pictures[1:2])
+    for name, made in (("first", first), ("again", process(pictures))):
+        schema.write_parquet(made, schema.OCR, tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
 
 
-def test_a_line_less_sure_than_asked_for_is_left_out(settings, reader, label):
-    everything = ocr.read_lines(reader, np.asarray(label[0]), settings)
-    bar = sorted(line.confidence for line in everything)[1]
-    strict = settings.model_copy(update={"min_confidence": bar})
-    kept = ocr.read_lines(reader, np.asarray(label[0]), strict)
-    assert kept == [line for line in everything if line.confidence >= bar]
-    assert len(kept) == 2
+def test_a_line_less_sure_than_asked_for_is_left_out(work, process, label):
+    [everything] = process([row(encoded(label[0]))])
+    bar = sorted(line["confidence"] for line in everything["lines"])[1]
+    strict = replace(work, settings=work.settings.model_copy(update={"min_confidence": bar}))
+    [kept] = rows_of(strict, [row(encoded(label[0]))])
+    assert kept["lines"] == [line for line in everything["lines"] if line["confidence"] >= bar]
+    assert len(kept["lines"]) == 2
+
+
+# The same as readtext
+
+
+def readtext(reader, path: Path, canvas_px: int) -> list[Line]:
+    """What a user's own loop over files reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = reader.readtext(str(path), canvas_size=canvas_px)
+    width, height = Image.open(path).size
+    return lines_in_order(found, height=height, width=width)
+
+
+def shown_equal(mine: list[Line], theirs: list[Line]) -> None:
+    assert [line.text for line in mine] == [line.text for line in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        assert np.abs(np.subtract(one.quad, other.quad)).max() <= 1
+        assert abs(one.confidence - other.confidence) < 1e-3
+
+
+@pytest.fixture(scope="session")
+def drawn(label) -> dict[str, Image.Image]:
+    """Pictures of several shapes, with slanted, tiny, faint and upright text, and one without."""
+    faint = Image.new("RGB", (400, 240), (200, 40, 40))
+    ImageDraw.Draw(faint).text((30, 60), "SALTED", font=ImageFont.truetype(str(FONT), 40), fill=(215, 60, 50))
+    small = Image.new("RGB", (300, 160), "white")
+    ImageDraw.Draw(small).text((20, 60), "Net weight 250 g", font=ImageFont.truetype(str(FONT), 11), fill=0)
+    return {
+        "plain": label[0],
+        "slanted": label[0].rotate(14, fillcolor=(255, 255, 255), resample=Image.Resampling.BICUBIC),
+        "upright": label[0].rotate(90, expand=True),
+        "faint": faint,
+        "small": small,
+        "blank": Image.new("RGB", (300, 160), (30, 90, 60)),
+    }
+
+
+@pytest.mark.parametrize("canvas_px", [2560, 256])
+def test_exact_mode_reads_what_readtext_reads_from_the_file(canvas_px, work, reader, drawn, tmp_path):
+    engine = ocr.EasyOcr(reader, work.engine.maps, canvas_px)
+    rows, expected = [], []
+    for name, image in drawn.items():
+        path = tmp_path / f"{name}.{'png' if name == 'small' else 'jpg'}"
+        image.save(path)
+        rows.append(row(path.read_bytes(), asin=name))
+        expected.append(readtext(reader, path, canvas_px))
+    made = rows_of(replace(work, engine=engine), rows)
+    for one, theirs in zip(made, expected, strict=True):
+        shown_equal(lines_of(one), theirs)
+    assert sum(map(len, expected)) > (8 if canvas_px == 2560 else 3)
+
+
+def test_the_fused_network_gives_the_maps_of_easyocrs_own(work, reader):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 96, 160, generator=generator)
+    with torch.inference_mode():
+        theirs, _ = reader.detector(pixels)
+    mine = work.engine.maps(pixels)
+    assert mine.shape == theirs.shape == (2, 48, 80, 2)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_components_become_the_boxes_that_easyocr_makes_of_them():
+    """Smoothed noise has components of every form, also at the edges."""
+    from easyocr.craft_utils import getDetBoxes
+
+    noise, count = np.random.default_rng(3), 0
+    for _ in range(40):
+        text, link = (cv2.GaussianBlur(noise.random((60, 90), np.float32), (0, 0), 2.2) for _ in range(2))
+        text, link = ((part - part.min()) / (part.max() - part.min()) for part in (text, link))
+        link *= 0.6
+        theirs, _, _ = getDetBoxes(text, link, craft.TEXT, craft.LINK, craft.LOW_TEXT)
+        mine = craft.boxes_of(np.stack([text, link], axis=2))
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-3)
+        count += len(mine)
+    assert count > 40
+
+
+def test_equal_shapes_are_batched_up_to_a_limit_and_others_never():
+    shapes = [(32, 64), (64, 64), (32, 64), (32, 64), (64, 64)]
+    assert craft.batches(shapes, 32 * 64 * 2) == [[0, 2], [3], [1], [4]]
+    assert craft.batches([(640, 640)], 1) == [[0]]
+
+
+def test_shrinking_keeps_the_grey_that_a_jpeg_stores(label, tmp_path):
+    red = Image.new("RGB", (64, 48), (230, 10, 20))
+    red.paste((20, 40, 220), (10, 10, 40, 30))
+    for form in ("JPEG", "PNG"):
+        path = tmp_path / form
+        red.save(path, form)
+        theirs = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        assert np.abs(theirs.astype(int) - pictures.decode_grey(path.read_bytes())).max() <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(red, "JPEG", exif=exif)
+    assert pictures.decode_grey(turned).shape == (64, 48)
+
+
+def test_fast_mode_tells_how_far_it_agrees_with_exact(label):
+    fast = ocr.make_worker(ocr.Settings(canvas_px=400, mode="fast", check_every=2))
+    rows = [row(encoded(label[0])), row(encoded(label[0].rotate(180))), row(None, "missing")]
+    *made, counts = fast([*rows, row(encoded(label[0]))])
+    assert [one["status"] for one in made] == ["ok", made[1]["status"], "missing", "ok"]
+    assert counts["pictures"] == 2  # the first and the third of those that there are
+    told = ocr.agreement_with_exact(counts)["agreement_with_exact"]
+    assert told["lines"] == 6
+    assert told["share_of_lines_found"] == told["share_of_characters_right"] == 1
+    assert ocr.agreement_with_exact(Counter()) == {}
+
+
+def test_fast_mode_says_with_which_precision_it_ran(monkeypatch):
+    monkeypatch.setattr(shards, "ShardFolder", lambda path: path)
+    monkeypatch.setattr(shards, "chunks_of_folder", lambda folder, size: [])
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    native = ocr.job("sample", ocr.Settings(mode="fast")).made_with()
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert native["precision"] == "bfloat16"
+    assert ocr.job("sample", ocr.Settings(mode="fast")).made_with()["precision"] == "float32"
+
+
+# The other engine
+
+
+def test_rapidocr_reads_english_and_chinese_with_the_models_of_its_package(label):
+    rapid = ocr.make_worker(ocr.Settings(engine="rapidocr", canvas_px=400))
+    [read] = rows_of(rapid, [row(encoded(label[0]))])
+    assert [line["text"] for line in read["lines"]] == ["ORGANIC", "COTTON", "SOAP"]
+    for line in read["lines"]:
+        assert np.abs(np.subtract(box_of(line["quad"]), label[1][line["text"]])).max() <= 12
+    files = rapid_engine.weight_files()
+    assert {path.suffix for path in files.values()} == {".onnx"}
+
+
+# Lines
 
 
 def test_text_is_composed_unicode_without_blank_lines():
-    class Reader:
-        def detect(self, *_: object, **__: object) -> tuple[list[list[int]], list[list[int]]]:
-            return [[]], [[]]
-
-        def recognize(self, *_: object, **__: object) -> list[tuple[list[list[int]], str, float]]:
-            quad = [[-3, 0], [40, 0], [40, 10], [-3, 10]]
-            return [(quad, "Cafe\u0301 ", 0.9), (quad, "  ", 0.8)]
-
-    [line] = ocr.read_lines(Reader(), np.zeros((30, 30, 3), np.uint8), ocr.Settings())  # type: ignore[arg-type]
+    quad = [[-3, 0], [40, 0], [40, 10], [-3, 10]]
+    found = [(quad, "Cafe\u0301 ", 0.9), (quad, "  ", 0.8)]
+    [line] = lines_in_order(found, height=30, width=30)
     assert line.text == "Caf\u00e9"
     assert line.quad == (0, 0, 30, 0, 30, 10, 0, 10)  # inside the picture
 
 
-def test_reading_order_goes_row_by_row():
-    def line(text: str, x: float, y: float, height: float = 20) -> ocr.Line:
-        return ocr.Line(text, 1.0, (x, y, x + 50, y, x + 50, y + height, x, y + height))
+def placed(text: str, x: float, y: float, height: float = 20) -> Line:
+    return Line(text, 1.0, (x, y, x + 50, y, x + 50, y + height, x, y + height))
 
-    lines = [line("d", 10, 60), line("b", 200, 4), line("c", 300, 0), line("a", 10, 8), line("e", 100, 64)]
-    assert "".join(found.text for found in ocr.reading_order(lines)) == "abcde"
-    assert ocr.reading_order(lines[::-1]) == ocr.reading_order(lines)
+
+def test_reading_order_goes_row_by_row():
+    found = [
+        placed("d", 10, 60),
+        placed("b", 200, 4),
+        placed("c", 300, 0),
+        placed("a", 10, 8),
+        placed("e", 100, 64),
+    ]
+    assert "".join(line.text for line in reading_order(found)) == "abcde"
+    assert reading_order(found) == reading_order(found[::-1])
+
+
+def test_agreement_counts_lines_by_place_and_characters_by_edits():
+    wanted = [placed("ORGANIC", 0, 0), placed("COTTON", 0, 40), placed("SOAP", 100, 0)]
+    found = [placed("ORGANlC", 2, 1), placed("COTTON", 0, 55), placed("S0AP!", 100, 0)]
+    counts = agreement(wanted, found)  # the second lies too far down
+    assert counts == {"pictures": 1, "lines": 3, "lines_found": 2, "characters": 11, "characters_right": 8}
+    assert agreement(wanted, [*found, placed("SOAP", 100, 0)])["lines_found"] == 2  # one place, one line
+    assert agreement([], found)["lines"] == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "count"),
+    [("", "abc", 3), ("kitten", "sitting", 3), ("same", "same", 0), ("ab", "ba", 2)],
+)
+def test_edits_are_counted(one, other, count):
+    assert edits(one, other) == edits(other, one) == count
+
+
+# Weights
 
 
 def test_the_reader_is_float_craft_from_the_packaged_weights(reader):
@@ -209,11 +385,31 @@ def test_weights_count_by_content_and_not_by_place(tmp_path, monkeypatch):
 
 @pytest.mark.shared_data
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no ../shared/data")
-def test_a_real_pack_shot_tells_its_flavour(reader, settings):
-    picture = (SHARED_DATA / "packshots" / "images" / "R000127406.jpg").read_bytes()
-    sharper = settings.model_copy(update={"canvas_px": 640})
-    [read] = ocr.read_rows(reader, sharper, [row(picture)])
+def test_a_real_pack_shot_is_read_as_readtext_reads_it(work, reader):
+    path = SHARED_DATA / "packshots" / "images" / "R000127406.jpg"
+    engine = ocr.EasyOcr(reader, work.engine.maps, 640)
+    [read] = rows_of(replace(work, engine=engine), [row(path.read_bytes())])
     assert "Original" in [line["text"] for line in read["lines"]]
+    shown_equal(lines_of(read), readtext(reader, path, 640))
+
+
+@pytest.mark.soak
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no ../shared/data")
+@pytest.mark.timeout(3600)
+def test_every_pack_shot_and_sample_picture_is_read_as_readtext_reads_it(work, reader, tmp_path):
+    sample.generate(sample.Settings(), tmp_path)
+    drawn = [path for path in sorted((tmp_path / "images").glob("*.jpg")) if is_whole(path)][:100]
+    paths = [*sorted((SHARED_DATA / "packshots" / "images").iterdir()), *drawn]
+    assert len(paths) == 183
+    engine = ocr.EasyOcr(reader, work.engine.maps, 2560)
+    rows = [row(path.read_bytes(), asin=str(path)) for path in paths]
+    for made in rows_of(replace(work, engine=engine), rows):
+        shown_equal(lines_of(made), readtext(reader, Path(made["asin"]), 2560))
+
+
+def is_whole(path: Path) -> bool:
+    return pictures.inspect(path.read_bytes(), max_pixels=10**8, min_px=1).status == "ok"
 
 
 def test_the_stage_runs_over_shards_and_counts_its_statuses(tmp_path, label):

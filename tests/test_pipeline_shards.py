@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_a_wrong_number_of_workers_is_an_error(monkeypatch, name, value):
 
 def test_an_unknown_executor_is_an_error(monkeypatch):
     monkeypatch.setenv("SMARTAVE_EXECUTOR", "cloud")
-    with pytest.raises(ValueError, match="SMARTAVE_EXECUTOR must be one of local, inline, got 'cloud'"):
+    with pytest.raises(ValueError, match="SMARTAVE_EXECUTOR must be one of local, dask, inline, got 'cloud'"):
         shards.run(job())
 
 
@@ -205,16 +206,123 @@ def test_a_worker_that_cannot_open_says_why(monkeypatch):
         shards.run(job(unopened))
 
 
-def test_a_worker_that_dies_once_costs_a_retry_and_twice_names_its_shard(monkeypatch, tmp_path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_dies_now_and_then_costs_retries_and_changes_no_byte(monkeypatch, tmp_path, times):
+    undisturbed = [row["square"] for row in shards.ShardFolder(shards.run(job(toward(tmp_path, 0)))).rows()]
     monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
-    tally = tmp_path / "tally"
-    tally.write_text("")
-    output = shards.run(job(partial(dies, tally=tally, times=1)))
-    assert len(list(shards.ShardFolder(output).rows())) == 10
-    tally.write_text("")
-    again = job(partial(dies, tally=tally, times=2), settings=Settings(power=3))
-    with pytest.raises(ValueError, match=r"shard 00001 .*its worker died 2 times, last by signal 11"):
-        shards.run(again)
+    monkeypatch.setenv("SMARTAVE_STORE", "elsewhere")
+    folder = shards.ShardFolder(shards.run(job(toward(tmp_path, times))))
+    assert [row["square"] for row in folder.rows()] == undisturbed
+    assert folder.manifest["status"] == {"ok": 10}
+    assert len((tmp_path / "tally").read_text()) == times
+
+
+def toward(folder, times):
+    (folder / "tally").write_text("")
+    return partial(dies, tally=folder / "tally", times=times)
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("dask", marks=pytest.mark.soak)])
+def test_an_image_that_kills_every_worker_is_a_row_with_a_status(monkeypatch, tmp_path, executor):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", executor)
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    folder = shards.ShardFolder(shards.run(job(toward(tmp_path, 99), lost={"square": -1})))
+    folder.verify()
+    assert folder.manifest["status"] == {"kills_worker": 1, "ok": 9}
+    assert [row["square"] for row in folder.rows()] == [0, 1, 2, 3, 4, -1, 6, 7, 8, 9]
+    assert folder.get("A000000005")["status"] == "kills_worker"
+    assert len((tmp_path / "tally").read_text()) == 4  # twice with its shard, twice alone
+    before = finished()
+    shards.run(job(toward(tmp_path, 99), lost={"square": -1}))
+    assert finished() == before
+
+
+def dies_of_many(settings):
+    """With more than one row its process ends; no row alone is to blame."""
+
+    def process(rows):
+        if len(rows) > 1:
+            os._exit(3)
+        for row in rows:
+            yield {"asin": row["asin"], "status": "ok", "square": 0}
+
+    return process
+
+
+def test_a_shard_that_kills_its_worker_by_no_row_alone_is_named(monkeypatch):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    message = r"shard 00000 \(A000000000 to A000000003\): its worker died 2 times, .* code 3, by no row alone"
+    with pytest.raises(ValueError, match=message):
+        shards.run(job(dies_of_many, inputs=rows()[:4]))
+
+
+def counts_what_it_makes(settings):
+    def process(rows):
+        yield Counter(rows=len(rows))
+        for row in rows:
+            yield {"asin": row["asin"], "status": "ok", "square": row["x"]}
+        yield Counter(even=sum(row["x"] % 2 == 0 for row in rows))
+
+    return process
+
+
+def test_what_workers_measure_is_summed_over_shards_also_over_those_made_before():
+    measured = job(counts_what_it_makes, measures=lambda counts: {"share": counts["even"] / counts["rows"]})
+    for _ in range(2):
+        shards.run(measured)
+        told = json.loads(Path("metrics/toy/squares.json").read_text())
+        assert told == {"rows": 10, "status": {"ok": 10}, "share": 0.5}
+
+
+# Dask
+
+
+def test_dask_gives_the_bytes_of_local_with_the_threads_of_the_job(monkeypatch):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    one = contents(shards.run(job(tells_threads, threads=3)))
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "dask")
+    for number in ("1", "2"):
+        monkeypatch.setenv("SMARTAVE_STORE", f"elsewhere-{number}")
+        monkeypatch.setenv("SMARTAVE_WORKERS", number)
+        assert contents(shards.run(job(tells_threads, threads=3))) == one
+
+
+def test_a_scheduler_that_runs_already_is_used(monkeypatch):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0
+    ) as cluster:
+        monkeypatch.setenv("SMARTAVE_EXECUTOR", "dask")
+        monkeypatch.setenv("SMARTAVE_DASK", cluster.scheduler_address)
+        there = contents(shards.run(job()))
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    monkeypatch.setenv("SMARTAVE_STORE", "elsewhere")
+    assert contents(shards.run(job())) == there
+
+
+@pytest.mark.parametrize(
+    ("make_worker", "message"),
+    [
+        (never_two, r"shard 00001 .*no feature of A000000005 may be"),
+        (unopened, r"^the weights W.pth are not"),
+    ],
+)
+def test_dask_tells_what_a_worker_could_not_do(monkeypatch, make_worker, message):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "dask")
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    with pytest.raises(ValueError, match=message):
+        shards.run(job(make_worker))
+
+
+@pytest.mark.parametrize("first", [range(2), reversed(range(1, 3))])
+def test_shards_finished_in_any_order_before_give_the_same_bytes(first):
+    whole = contents(shards.run(job()))
+    kept = sorted(Path(".cache/shards/squares").rglob("*.json"))
+    for at in set(range(3)) - set(first):
+        for name in (kept[at], kept[at].with_suffix(".parquet")):
+            name.unlink()
+    assert contents(shards.run(job())) == whole
 
 
 # What a shard depends on

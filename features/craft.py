@@ -1,0 +1,169 @@
+"""EasyOCR's text detector CRAFT as a faster program of the same network: where lines of text are.
+
+The same weights and, up to rounding, the same maps: batch normalisation is folded into the convolutions,
+ReLU is computed with them, and pixels keep their channels together (`channels_last`), so that oneDNN neither
+reorders tensors nor walks them twice. Boxes come out of the maps as EasyOCR takes them, but each
+component is looked at in its own window instead of in the whole map.
+
+Legend: B pictures, H, W canvas pixels, multiples of 32; maps are (H/2, W/2), text and link.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+import torch
+from easyocr.craft import CRAFT
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+MEAN = np.array([0.485, 0.456, 0.406], np.float32) * np.float32(255)
+STD = np.array([0.229, 0.224, 0.225], np.float32) * np.float32(255)
+TEXT, LINK, LOW_TEXT = 0.7, 0.4, 0.4  # EasyOCR's thresholds
+MIN_CELLS = 10  # of a component
+MULTIPLE_PX = 32
+
+
+class Convolution(nn.Module):
+    """A convolution with the ReLU that follows it, if one does."""
+
+    def __init__(self, source: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        weight = source.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, False)
+        assert source.bias is not None
+        self.bias = nn.Parameter(source.bias.detach(), False)
+        self.padding: list[int] = list(source.padding)  # type: ignore[arg-type]
+        self.dilation = list(source.dilation)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # asked for by name: ATen itself takes a slow path for small kernels
+            then = "relu" if self.relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, self.padding, [1, 1], self.dilation, 1, then, [], ""
+            )
+        x = F.conv2d(x, self.weight, self.bias, padding=self.padding, dilation=self.dilation)
+        return x.relu_() if self.relu else x
+
+
+def fused(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """Convolution, normalisation and ReLU as one; other layers as they are."""
+    rest, made = list(layers), []
+    while rest:
+        layer = rest.pop(0)
+        if isinstance(layer, nn.Conv2d):
+            if rest and isinstance(rest[0], nn.BatchNorm2d):
+                layer = fuse_conv_bn_eval(layer, rest.pop(0))  # type: ignore[arg-type]
+            relu = bool(rest) and isinstance(rest[0], nn.ReLU)
+            layer = Convolution(layer, relu)
+            if relu:
+                rest.pop(0)
+        made.append(layer)
+    return nn.Sequential(*made)
+
+
+class TextMaps(nn.Module):
+    """CRAFT, (B, 3, H, W) -> (B, H/2, W/2, 2) float32."""
+
+    def __init__(self, craft: CRAFT, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        slices = [list(getattr(craft.basenet, f"slice{number}")) for number in range(1, 6)]
+        for one, following in itertools.pairwise(slices):
+            if isinstance(following[0], nn.ReLU):  # works in place there, so the skip connection has it too
+                one.append(following.pop(0))
+        self.down = nn.ModuleList(fused(layers) for layers in slices)
+        self.up = nn.ModuleList(fused(getattr(craft, f"upconv{number}").conv) for number in range(1, 5))
+        self.head = fused(craft.conv_cls)
+        self.dtype = dtype
+        self.to(dtype)
+        self.eval()
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        levels = []
+        for down in self.down:
+            x = down(x)
+            levels.append(x)
+        *skips, x = levels
+        for up, skip in zip(self.up, reversed(skips), strict=True):
+            if x.shape[2:] != skip.shape[2:]:
+                x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            x = up(torch.cat([x, skip], dim=1))
+        return self.head(x).float().permute(0, 2, 3, 1)
+
+
+def scale_to(canvas_px: int, height: int, width: int) -> float:
+    return min(1.0, canvas_px / max(height, width))
+
+
+def canvas_shape(canvas_px: int, height: int, width: int) -> tuple[int, int]:
+    """(H, W): the shrunk picture and the black that fills it up to multiples of 32."""
+    scale = scale_to(canvas_px, height, width)
+    return tuple(-int(side * scale) % MULTIPLE_PX + int(side * scale) for side in (height, width))  # type: ignore[return-value]
+
+
+def canvas(pixels: np.ndarray, canvas_px: int) -> np.ndarray:
+    """The normalised picture on black, (3, H, W) float32, its long side at most `canvas_px`."""
+    height, width = pixels.shape[:2]
+    scale = scale_to(canvas_px, height, width)
+    size = (int(width * scale), int(height * scale))
+    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+    placed = np.zeros((*canvas_shape(canvas_px, height, width), 3), np.float32)
+    placed[: size[1], : size[0]] = resized
+    return ((placed - MEAN) / STD).transpose(2, 0, 1)
+
+
+def boxes_of(maps: np.ndarray) -> list[np.ndarray]:
+    """Quads (4, 2) float32 of the components in maps (H/2, W/2, 2), clockwise, in cells of the map."""
+    text, link = np.ascontiguousarray(maps[..., 0]), np.ascontiguousarray(maps[..., 1])
+    is_text, is_link = text > LOW_TEXT, link > LINK
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
+        (is_text | is_link).astype(np.uint8), connectivity=4
+    )
+    only_link = is_link & ~is_text
+    found = []
+    for label in range(1, count):
+        left, top, width, height, size = (int(value) for value in stats[label])
+        if size < MIN_CELLS:
+            continue
+        window = np.s_[top : top + height, left : left + width]
+        mine = labels[window] == label
+        if text[window][mine].max() < TEXT:
+            continue
+        found.append(_quad(mine & ~only_link[window], (left, top), size, text.shape))
+    return found
+
+
+def _quad(mine: np.ndarray, place: tuple[int, int], size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The smallest rectangle around a component `mine` at `place` once it is dilated."""
+    (height, width), (left, top) = mine.shape, place
+    grow = int(math.sqrt(size * min(width, height) / (width * height)) * 2)
+    x1, y1 = max(left - grow, 0), max(top - grow, 0)
+    x2, y2 = min(left + width + grow + 1, shape[1]), min(top + height + grow + 1, shape[0])
+    area = np.zeros((y2 - y1, x2 - x1), np.uint8)
+    area[top - y1 : top - y1 + height, left - x1 : left - x1 + width] = mine
+    rows, columns = np.nonzero(cv2.dilate(area, np.ones((1 + grow, 1 + grow), np.uint8)))
+    points = np.stack([columns + x1, rows + y1], axis=1)
+    quad = cv2.boxPoints(cv2.minAreaRect(points.astype(np.int32)))
+    sides = np.linalg.norm(quad[0] - quad[1]), np.linalg.norm(quad[1] - quad[2])
+    if abs(1 - max(sides) / (min(sides) + 1e-5)) <= 0.1:  # nearly a square: it may have come out as a diamond
+        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+        quad = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float32)
+    return np.roll(quad, 4 - quad.sum(axis=1).argmin(), axis=0)
+
+
+def batches(shapes: Sequence[tuple[int, ...]], max_pixels: int) -> list[list[int]]:
+    """Indices of equal shapes (..., H, W) together, in order, at most `max_pixels` of them at a time."""
+    of_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        of_shape.setdefault(shape, []).append(index)
+    made = []
+    for shape, members in of_shape.items():
+        most = max(1, max_pixels // (shape[-2] * shape[-1]))
+        made += [members[at : at + most] for at in range(0, len(members), most)]
+    return made
