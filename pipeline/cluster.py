@@ -8,10 +8,9 @@ with one thread each (`dask worker ADDRESS --nthreads 1`), and see the same GPUs
 """
 
 import contextlib
-import hashlib
 import logging
 import os
-import pickle
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -22,16 +21,15 @@ class UnopenedError(ValueError):
     """A worker could not open; no other could."""
 
 
-def _work(open_worker: bytes, task: Any) -> tuple[int, Any]:
+def _work(key: str, open_worker: Callable[[], Handle], task: Any) -> tuple[int, Any]:
     """(rows done, result). What a process has opened once it keeps."""
     from distributed import get_worker
 
-    key = hashlib.sha256(open_worker).hexdigest()
     opened: dict[str, Handle] = get_worker().__dict__.setdefault("smartave_opened", {})
     if key not in opened:
         opened.clear()  # models of another job
         try:
-            opened[key] = pickle.loads(open_worker)()  # noqa: S301 - our own, from the process that asks
+            opened[key] = open_worker()
         except Exception as error:  # noqa: BLE001 - told to the one who asked, which raises
             raise UnopenedError(message(error)) from None
     rows = 0
@@ -79,9 +77,9 @@ def dask(
             )
             address = stack.enter_context(cluster)
         client = stack.enter_context(Client(address, set_as_default=False))
-        opener = pickle.dumps(open_worker)
+        key = uuid.uuid4().hex
         futures = {
-            client.submit(_work, opener, task, key=f"task-{index}", pure=False): index
+            client.submit(_work, key, open_worker, task, key=f"{key}-{index}", pure=False): index
             for index, task in enumerate(tasks)
         }
         for future in as_completed(futures, loop=client.loop):
