@@ -119,11 +119,11 @@ ATTRIBUTES = {
 VISIBLE = ("Color", "Shape")
 ALWAYS = (*VISIBLE, "Brand", "Size")
 CATEGORIES = {  # leaf category -> (root as Amazon writes it, noun, further attributes)
-    "Body Lotions": ("All Beauty", "Body Lotion", ("Scent", "Material", "Country", "Texture")),
-    "Shampoos": ("All Beauty", "Shampoo", ("Scent", "Material", "Occasion", "Texture")),
-    "Syrups": ("Grocery & Gourmet Food", "Syrup", ("Flavor", "Occasion", "Country", "Texture")),
-    "Juices": ("Grocery & Gourmet Food", "Juice", ("Flavor", "Material", "Occasion", "Country")),
-    "Room Sprays": ("Home & Kitchen", "Room Spray", ("Scent", "Material", "Occasion", "Country")),
+    "Body Lotions": ("All Beauty", "Body Lotion", ("Scent", "Texture")),
+    "Shampoos": ("All Beauty", "Shampoo", ("Scent", "Material")),
+    "Syrups": ("Grocery & Gourmet Food", "Syrup", ("Flavor", "Country")),
+    "Juices": ("Grocery & Gourmet Food", "Juice", ("Flavor", "Occasion")),
+    "Room Sprays": ("Home & Kitchen", "Room Spray", ("Scent", "Material")),
 }
 FILLERS = (
     "Keep it in a cool and dry place.",
