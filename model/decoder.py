@@ -1,6 +1,7 @@
 """The value decoder: a Transformer decoder over one memory token, with a copy mechanism (section 3.5).
 
-Shapes: B batch, Y output tokens, T copyable text tokens, D width, V vocabulary, W beam width.
+Shapes: B rows of the batch, A attributes asked of a row, Q questions (B, when one attribute is asked of each
+row), Y output tokens, T text tokens, D width, V vocabulary, W beam width.
 """
 
 import math
@@ -34,11 +35,18 @@ class CopyDecoder(nn.Module):
         self.copy_key = nn.Linear(hidden_size, hidden_size)
         self.gate = nn.Linear(3 * hidden_size, 1)
 
-    def remember(self, memory: Tensor, text: Tensor, text_mask: Tensor) -> "Memory":
-        """What does not depend on the output: (B, D), (B, T, D), and (B, T) True where a token may be copied.
+    def remember(
+        self, memory: Tensor, text: Tensor, text_mask: Tensor, asked: Tensor | None = None
+    ) -> "Memory":
+        """What does not depend on the output.
 
         Attention over one token weighs it with 1 whatever the query is, so cross-attention is a constant of
         each layer.
+
+        Args:
+            memory: (Q, D).
+            text, text_mask: (B, T, D) and (B, T), True where a token may be copied.
+            asked: (B, A) bool, True at the Q questions in their order; absent when Q is B.
         """
         constants = []
         for layer in self.layers:
@@ -46,18 +54,18 @@ class CopyDecoder(nn.Module):
             bias = layer.multihead_attn.in_proj_bias.chunk(3)[2]
             read = nn.functional.linear(memory, value, bias)
             constants.append(layer.multihead_attn.out_proj(read)[:, None])
-        return Memory(constants, text, self.copy_key(text).transpose(1, 2), text_mask)
+        return Memory(constants, text, self.copy_key(text).transpose(1, 2), text_mask, asked)
 
     def forward(
         self, embedded: Tensor, memory: "Memory", past: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """States (B, Y, D), copy weights (B, Y, T), gate logits (B, Y), and the `past` of the next tokens.
+        """States (Q, Y, D), copy weights (Q, Y, T), gate logits (Q, Y), and the `past` of the next tokens.
 
         Args:
-            embedded: (B, Y, D), the output so far, begin token first; with `past` one more token of each of
-                Y hypotheses of the example.
-            memory: of B examples. Where nothing may be copied, the gate is shut.
-            past: keys and values of earlier tokens of each hypothesis, one (2, B * Y, H, t, D/H) per layer.
+            embedded: (Q, Y, D), the output so far, begin token first; with `past` one more token of each of
+                Y hypotheses of the question.
+            memory: of the Q questions. Where nothing may be copied, the gate is shut.
+            past: keys and values of earlier tokens of each hypothesis, one (2, Q * Y, H, t, D/H) per layer.
         """
         x, present = embedded, []
         for index, layer in enumerate(self.layers):
@@ -67,12 +75,13 @@ class CopyDecoder(nn.Module):
             x = layer.norm2(x + layer.dropout2(memory.constants[index]))
             inner = layer.linear2(layer.dropout(nn.functional.gelu(layer.linear1(x))))
             x = layer.norm3(x + layer.dropout3(inner))
-        scores = (self.copy_query(x) @ memory.keys).float() / math.sqrt(x.shape[-1])
-        copy = masked_softmax(scores, memory.text_mask[:, None])
-        context = copy.to(memory.text.dtype) @ memory.text
+        queries = memory.by_row(self.copy_query(x))
+        scores = (queries @ memory.keys).float() / math.sqrt(x.shape[-1])
+        copy = masked_softmax(scores, memory.text_mask[:, None])  # (B, A * Y, T)
+        context = memory.by_question(copy.to(memory.text.dtype) @ memory.text)
         gate = self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1).float()
-        nothing_to_copy = ~memory.text_mask.any(dim=1, keepdim=True)
-        return x, copy, gate.masked_fill(nothing_to_copy, 30.0), present
+        nothing_to_copy = ~memory.of_question(memory.text_mask.any(dim=1, keepdim=True))
+        return x, memory.by_question(copy), gate.masked_fill(nothing_to_copy, 30.0), present
 
     def no_past(self, num_hypotheses: int) -> list[Tensor]:
         """The `past` of hypotheses that have no token yet."""
@@ -108,12 +117,29 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, past: Tensor | N
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What the decoder reads of B examples."""
+    """What the decoder reads, of B rows and Q questions; see `CopyDecoder.remember`."""
 
-    constants: list[Tensor]  # per layer what cross-attention gives, (B, 1, D)
+    constants: list[Tensor]  # per layer what cross-attention gives, (Q, 1, D)
     text: Tensor  # (B, T, D)
     keys: Tensor  # (B, D, T)
     text_mask: Tensor  # (B, T)
+    asked: Tensor | None  # (B, A)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """(Q, Y, ...) to (B, A * Y, ...), zero where a row is asked less than A."""
+        if self.asked is None:
+            return x
+        spread = x.new_zeros(*self.asked.shape, *x.shape[1:])
+        spread[self.asked] = x
+        return spread.flatten(1, 2)
+
+    def by_question(self, x: Tensor) -> Tensor:
+        """(B, A * Y, ...) to (Q, Y, ...)."""
+        return x if self.asked is None else x.unflatten(1, (self.asked.shape[1], -1))[self.asked]
+
+    def of_question(self, x: Tensor) -> Tensor:
+        """(B, ...) to (Q, ...)."""
+        return x if self.asked is None else x[self.asked.nonzero()[:, 0]]
 
 
 def log_copied(copy: Tensor, text_ids: Tensor, targets: Tensor) -> Tensor:

@@ -28,7 +28,24 @@ class Masks:
     l2l: Tensor  # (B, L, L)
 
 
-def structured_masks(hyper_mask: Tensor, segment: Tensor) -> Masks:
+def readable(hyper_mask: Tensor, private: Tensor | None = None) -> Tensor:
+    """Which hyper-tokens a hyper-token, and the local-tokens it owns, attend to: (B, N, N).
+
+    All of the example's in the paper. `private` ones (B, N) are read by themselves and their own local-tokens
+    alone: of three hyper-tokens, the first two of them private,
+
+        1 0 1
+        0 1 1
+        0 0 1
+    """
+    pairs = hyper_mask[:, :, None] & hyper_mask[:, None, :]
+    if private is None:
+        return pairs
+    itself = torch.eye(hyper_mask.shape[1], dtype=torch.bool, device=hyper_mask.device)
+    return pairs & (itself | ~private[:, None, :])
+
+
+def structured_masks(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> Masks:
     """The four attention patterns as pure functions of the ids.
 
     Two hyper-tokens, three local-tokens of which the first two belong to hyper-token 0 and
@@ -43,14 +60,17 @@ def structured_masks(hyper_mask: Tensor, segment: Tensor) -> Masks:
     Args:
         hyper_mask: (B, N) bool.
         segment: (B, L) int, -1 at padding.
+        private: (B, N) bool, see `readable`.
     """
     num_hyper = hyper_mask.shape[1]
     local_mask = segment >= 0  # (B, L)
     owner = torch.arange(num_hyper, device=segment.device)[:, None] == segment[:, None, :]  # (B, N, L)
+    h2h = readable(hyper_mask, private)
+    of_owner = h2h.gather(1, segment.clamp_min(0)[:, :, None].expand(-1, -1, num_hyper))  # (B, L, N)
     return Masks(
-        h2h=hyper_mask[:, :, None] & hyper_mask[:, None, :],
+        h2h=h2h,
         h2l=hyper_mask[:, :, None] & owner,
-        l2h=local_mask[:, :, None] & hyper_mask[:, None, :],
+        l2h=local_mask[:, :, None] & of_owner,
         l2l=(segment[:, :, None] == segment[:, None, :]) & local_mask[:, :, None],
     )
 
@@ -171,10 +191,10 @@ class Encoder(nn.Module):
             ours.start_from(theirs)
 
     def forward(
-        self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor
+        self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, N, D), (B, L, D), (B, N), (B, L) to the encoded (B, N, D) and (B, L, D)."""
-        masks = structured_masks(hyper_mask, segment)
+        """(B, N, D), (B, L, D), (B, N), (B, L), (B, N) to the encoded (B, N, D) and (B, L, D)."""
+        masks = structured_masks(hyper_mask, segment, private)
         for layer in self.layers:
             hyper, local = layer(hyper, local, masks)
         return hyper, local

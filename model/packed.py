@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.encoder import Encoder, EncoderLayer, StructuredAttention
+from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class Packing:
         return padded[0], padded[1]
 
 
-def pack(hyper_mask: Tensor, segment: Tensor) -> Packing:
-    """The packing of a padded batch, (B, N) bool and (B, L) with -1 at padding.
+def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> Packing:
+    """The packing of a padded batch, (B, N) bool and (B, L) with -1 at padding; `private` as in `readable`.
 
     Local-tokens of a segment keep their order. `segment = [[0, 2, 0, 0], [1, 1, 0, -1]]` has segments
     of 3, 1, 2 and 1 tokens, which stand as
@@ -74,14 +74,13 @@ def pack(hyper_mask: Tensor, segment: Tensor) -> Packing:
     owners = owners[size[owners].argsort(stable=True)]
     lengths, counts = size[owners].unique_consecutive(return_counts=True)
     hyper_at, local_at = hyper_mask.flatten().nonzero().flatten(), places[order]
-    pairs = hyper_mask[:, :, None] & hyper_mask[:, None, :]
     return Packing(
         hyper_at=hyper_at,
         local_at=local_at,
         hyper_row=inverse(hyper_at, hyper_mask.numel()).view_as(hyper_mask),
         local_row=inverse(local_at, segment.numel()).view_as(segment),
         # Padding reads itself, so that no softmax is over nothing.
-        reads=pairs | torch.eye(num_hyper, dtype=torch.bool, device=pairs.device),
+        reads=readable(hyper_mask, private) | torch.eye(num_hyper, dtype=torch.bool, device=places.device),
         owner=owners,
         groups=tuple(zip(counts.tolist(), lengths.tolist(), strict=True)),
     )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,8 @@ class Processor:
         image, ocr: whether the model sees regions and OCR lines at all.
         max_length: local-tokens (text and regions); longer texts are cut, the longest first, and counted.
         max_output_length: output tokens, the end token not counted.
+        joint: whether questions about one product, one after another, are one row of a batch. The length of
+            the attribute's name then takes nothing from the product's text.
         region_width: width of a region's feature.
     """
 
@@ -134,9 +137,10 @@ class Processor:
         max_length: int,
         max_output_length: int,
         region_width: int,
+        joint: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.image, self.ocr = image, ocr
+        self.image, self.ocr, self.joint = image, ocr, joint
         self.max_length, self.max_output_length = max_length, max_output_length
         self.region_width = region_width
         self.pad, self.begin, self.end = (
@@ -152,7 +156,7 @@ class Processor:
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
-        names = ("image", "ocr", "max_length", "max_output_length", "region_width")
+        names = ("image", "ocr", "joint", "max_length", "max_output_length", "region_width")
         settings = {name: getattr(self, name) for name in names}
         (Path(folder) / self.FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -235,8 +239,9 @@ class Processor:
                 f"the model was made for {self.region_width}"
             )
         regions = regions[::-1]  # the whole image first, at a position of its own
-        lengths = [len(segment.ids) for segment in segments]
-        for segment, kept in zip(segments, fit_lengths(lengths, self.max_length - len(regions)), strict=True):
+        sharing = segments[1:] if self.joint else segments
+        lengths = [len(segment.ids) for segment in sharing]
+        for segment, kept in zip(sharing, fit_lengths(lengths, self.max_length - len(regions)), strict=True):
             if kept < len(segment.ids):
                 self.truncated["text tokens"] += len(segment.ids) - kept
                 segment.ids, segment.places = segment.ids[:kept], segment.places[:kept]
@@ -248,20 +253,32 @@ class Processor:
             targets=self._targets(question),
         )
 
+    def rows(self, examples: Sequence[Encoded]) -> list[list[Encoded]]:
+        """The examples of each row of a batch: one, or with `joint` neighbours that ask about one product."""
+        if not self.joint:
+            return [[example] for example in examples]
+        return [
+            list(asked) for _, asked in groupby(examples, key=lambda example: id(example.question.product))
+        ]
+
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pads at the end. Text tokens come before regions in `segment` and `position`.
 
+        Q questions make B rows, see `rows`; of A attributes, the most of a row, come first the hyper-tokens.
+
         Returns:
-            hyper_slot, hyper_kind (B, N); hyper_mask (B, N) bool; the attribute's is the first.
+            hyper_slot, hyper_kind (B, N); hyper_mask (B, N) bool; the attributes' are the first.
             input_ids (B, T); segment (B, L), -1 at padding; position (B, L), from 0 in each segment.
-            regions (B, R, width) float32; copy_mask (B, T) bool, False for the attribute's words.
-            tag_index (S, M), into the flattened (B * T) tokens; tag_mask (S, M) bool; tags (S, M).
-            decoder_input_ids, targets (B, Y), targets IGNORED at padding.
+            regions (B, R, width) float32; copy_mask (B, T) bool, False for the attributes' words.
+            tag_index (S, M), into the flattened (Q * T) tokens; tag_mask (S, M) bool; tags (S, M).
+            decoder_input_ids, targets (Q, Y), targets IGNORED at padding.
         """
-        batch = len(examples)
-        num_text = max(1, *(sum(len(segment.ids) for segment in example.segments) for example in examples))
-        num_regions = max(len(example.regions) for example in examples)
-        num_hyper = max(len(example.segments) + (len(example.regions) > 0) for example in examples)
+        rows = self.rows(examples)
+        batch, num_attributes = len(rows), max(len(row) for row in rows)
+        texts = [[example.segments[0] for example in row] + row[0].segments[1:] for row in rows]
+        num_text = max(1, *(sum(len(segment.ids) for segment in row) for row in texts))
+        num_regions = max(len(row[0].regions) for row in rows)
+        num_hyper = num_attributes + max(len(row[0].segments) - 1 + (len(row[0].regions) > 0) for row in rows)
         num_output = max(len(example.targets) for example in examples)
         hyper_slot = torch.zeros(batch, num_hyper, dtype=torch.long)
         hyper_kind = torch.zeros(batch, num_hyper, dtype=torch.long)
@@ -271,12 +288,14 @@ class Processor:
         position = torch.zeros(batch, num_text + num_regions, dtype=torch.long)
         regions = torch.zeros(batch, num_regions, self.region_width)
         copy_mask = torch.zeros(batch, num_text, dtype=torch.bool)
-        decoder_input_ids = torch.full((batch, num_output), self.pad)
-        targets = torch.full((batch, num_output), IGNORED)
+        decoder_input_ids = torch.full((len(examples), num_output), self.pad)
+        targets = torch.full((len(examples), num_output), IGNORED)
         chains: list[tuple[int, list[int]]] = []
-        for row, example in enumerate(examples):
-            start = 0
-            for hyper, segment in enumerate(example.segments):
+        question = 0
+        for row, asked in enumerate(rows):
+            owners = [*range(len(asked)), *range(num_attributes, num_hyper)]
+            start, own = 0, []
+            for hyper, segment in zip(owners, texts[row], strict=False):
                 stop = start + len(segment.ids)
                 hyper_slot[row, hyper] = segment.slot
                 hyper_kind[row, hyper] = KINDS.index(segment.kind)
@@ -284,21 +303,26 @@ class Processor:
                 input_ids[row, start:stop] = torch.tensor(segment.ids, dtype=torch.long)
                 segment_of[row, start:stop] = hyper
                 position[row, start:stop] = torch.arange(stop - start)
-                if hyper > 0:
+                if hyper >= num_attributes:
                     copy_mask[row, start:stop] = True
-                    chains.append((row * num_text + start, example.tags[hyper - 1]))
+                    own.append(start)
                 start = stop
-            if len(example.regions):
-                hyper, count = len(example.segments), len(example.regions)
+            if count := len(asked[0].regions):
+                hyper = num_attributes + len(own)
                 hyper_slot[row, hyper] = FIRST_SLOT["image"]
                 hyper_kind[row, hyper] = KINDS.index("image")
                 hyper_mask[row, hyper] = True
                 segment_of[row, num_text : num_text + count] = hyper
                 position[row, num_text : num_text + count] = torch.arange(count)
-                regions[row, :count] = torch.from_numpy(example.regions.astype(np.float32))
-            size = len(example.targets)
-            targets[row, :size] = torch.tensor(example.targets)
-            decoder_input_ids[row, :size] = torch.tensor([self.begin, *example.targets[:-1]])
+                regions[row, :count] = torch.from_numpy(asked[0].regions.astype(np.float32))
+            for example in asked:
+                chains += [
+                    (question * num_text + at, tags) for at, tags in zip(own, example.tags, strict=True)
+                ]
+                size = len(example.targets)
+                targets[question, :size] = torch.tensor(example.targets)
+                decoder_input_ids[question, :size] = torch.tensor([self.begin, *example.targets[:-1]])
+                question += 1
         longest = max((len(tags) for _, tags in chains), default=0) or 1
         tag_index = torch.zeros(len(chains), longest, dtype=torch.long)
         tag_mask = torch.zeros(len(chains), longest, dtype=torch.bool)
@@ -332,8 +356,8 @@ class Processor:
             tokens: output ids up to the end token, which may be missing.
             score: probability of the whole output.
             copied: (Y, T), the part of each output token's probability that was copied from each text
-                token, as a share of the token's whole probability. A value counts as read from a text
-                when more than half of it was copied; then its spelling is the text's own.
+                token of the product, as a share of the token's whole probability. A value counts as read
+                from a text when more than half of it was copied; then its spelling is the text's own.
         """
         tokens = list(tokens)
         if self.end in tokens:
@@ -358,8 +382,8 @@ class Processor:
             if len({(place.kind, place.index) for place in places[begin:end]}) == 1
         ]
         if spans and copied.sum() > 0.5 * len(pieces):
-            steps, first_own = np.arange(len(pieces)), len(example.segments[0].ids)
-            begin, end = max(spans, key=lambda span: copied[steps, first_own + np.arange(*span)].sum())
+            steps = np.arange(len(pieces))
+            begin, end = max(spans, key=lambda span: copied[steps, np.arange(*span)].sum())
             first, last = places[begin], places[end - 1]
             source = Source(first.kind, first.index, first.begin, last.end)
             product = example.question.product

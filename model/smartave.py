@@ -1,7 +1,8 @@
 """SMARTAVE: one structured Transformer over all modalities of a product (section 3, appendix A).
 
 Shapes: B batch, N hyper-tokens, T text tokens, R regions, L = T + R local-tokens, D width,
-Y output tokens, S text segments. Masks are True where something is there.
+A attributes asked of a row, Q questions, Y output tokens, S text segments. Masks are True where something
+is there. Without `joint`, A is 1 and Q is B.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture
 from model.encoder import Encoder
 from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
-from model.processor import IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
+from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
 from model.tagging import Tagger
 from pipeline import params
 
@@ -51,6 +52,7 @@ class Settings(params.Settings):
     max_output_length: int = Field(10, ge=1)
     beam_width: int = Field(5, ge=1)
     alpha: float = Field(0.6, ge=0)
+    joint: bool = False  # all attributes of a product in one pass; the paper asks one by one
     packed: bool = True  # false: the encoder in reference form, the same numbers slower
 
 
@@ -76,6 +78,7 @@ class Config(PretrainedConfig):
         max_output_length: int = 10,
         beam_width: int = 5,
         alpha: float = 0.6,
+        joint: bool = False,
         packed: bool = True,
         begin_token: int = 101,
         end_token: int = 102,
@@ -87,7 +90,7 @@ class Config(PretrainedConfig):
         self.encoder_layers, self.encoder_heads = encoder_layers, encoder_heads
         self.decoder_layers, self.decoder_heads = decoder_layers, decoder_heads
         self.max_output_length, self.beam_width, self.alpha = max_output_length, beam_width, alpha
-        self.packed = packed
+        self.joint, self.packed = joint, packed
         self.begin_token, self.end_token = begin_token, end_token
         super().__init__(**kwargs)
 
@@ -107,6 +110,10 @@ def checkpoint_path(name: str) -> str:
 
 class Model(PreTrainedModel):
     """Encoder, copy decoder on the Attribute hyper-token, and CRF tagging as an auxiliary task.
+
+    With `joint`, the attributes of a product are asked in one pass. Each has its hyper-token, which reads
+    those of the product and is read by none, so that the product is encoded once and asking several together
+    gives what asking one by one does. The price: the product's tokens no longer know what is asked.
 
     The output matrix W_v is the word embedding, as in the checkpoint that it starts from.
     """
@@ -147,7 +154,7 @@ class Model(PreTrainedModel):
             dropout=config.dropout,
         )
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.tagger = Tagger(hidden_size=width)
+        self.tagger = Tagger(hidden_size=width, joint=config.joint)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -188,6 +195,7 @@ class Model(PreTrainedModel):
             max_length=settings.max_length,
             max_output_length=settings.max_output_length,
             region_width=region_width,
+            joint=settings.joint,
         )
         names = set(Settings.model_fields) - {"image", "ocr", "pretrained", "pretrained_layers", "tokenizer"}
         config = Config(
@@ -294,31 +302,35 @@ class Model(PreTrainedModel):
         regions: Tensor,
         copy_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The encoded hyper-token of the attribute (B, D), which is first, and text tokens (B, T, D).
+        """The encoded hyper-tokens of the attributes (B, A, D), which are first, and text tokens (B, T, D).
 
         Of text tokens those where `copy_mask` is True are used: the others have no defined content.
         """
+        is_attribute = hyper_mask & (hyper_slot == FIRST_SLOT["attribute"])
+        num_attributes = int(is_attribute.sum(1).max())
+        private = is_attribute if self.config.joint else None
         batch, num_text = input_ids.shape
         # Hyper-tokens enter small, as they are: normalised, they would outweigh what they gather.
         hyper = self.hyper(hyper_slot) + self.token_type.weight[0] + self.modality(hyper_kind)
         hyper = self.embedding_dropout(hyper)
         kind = hyper_kind.gather(1, segment.clamp_min(0))  # (B, L)
         if self.config.packed:
-            packing = pack(hyper_mask, segment)
+            packing = pack(hyper_mask, segment, private)
             local = self.embed_local(packing.local_at, input_ids, regions, position, kind)
-            used = torch.zeros_like(hyper_mask), torch.zeros_like(segment, dtype=torch.bool)
-            used[0][:, 0], used[1][:, :num_text] = True, copy_mask
             hyper = hyper.flatten(0, 1).index_select(0, packing.hyper_at)
-            encoded = packed_encoder(self.encoder, hyper, local, packing, keep=packing.pack(*used))
+            used = packing.pack(is_attribute, nn.functional.pad(copy_mask, (0, regions.shape[1])))
+            encoded = packed_encoder(self.encoder, hyper, local, packing, keep=used)
             hyper, text = packing.unpack(*encoded, num_text)
-            return hyper[:, 0], text
+            return hyper[:, :num_attributes], text
         everywhere = torch.arange(segment.numel(), device=segment.device)
         local = self.embed_local(everywhere, input_ids, regions, position, kind).unflatten(0, (batch, -1))
-        hyper, local = self.encoder(hyper, local, hyper_mask, segment)
-        return hyper[:, 0], local[:, :num_text]
+        hyper, local = self.encoder(hyper, local, hyper_mask, segment, private)
+        return hyper[:, :num_attributes], local[:, :num_text]
 
-    def embed_output(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Output tokens (B, Y) at positions (Y,) as (B, Y, D)."""
+    def embed_output(self, tokens: Tensor, position: Tensor | None = None) -> Tensor:
+        """Output tokens (Q, Y), at positions 0 to Y - 1 or all at the one that is given, as (Q, Y, D)."""
+        if position is None:
+            position = torch.arange(tokens.shape[1], device=tokens.device)
         return self.embedding_dropout(self.embedding_norm(self.words(tokens) + self.position(position)))
 
     def vocabulary(self, states: Tensor) -> Tensor:
@@ -339,36 +351,45 @@ class Model(PreTrainedModel):
         **layout: Tensor,
     ) -> dict[str, Tensor]:
         """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate."""
-        attribute, text = self.encode(input_ids=input_ids, copy_mask=copy_mask, **layout)
-        memory = self.decoder.remember(attribute, text, copy_mask)
-        states, copy, gate, _ = self.decoder(
-            self.embed_output(decoder_input_ids, torch.arange(targets.shape[1], device=targets.device)),
-            memory,
-        )
+        attributes, text = self.encode(input_ids=input_ids, copy_mask=copy_mask, **layout)
+        memory = self.remember(attributes, text, copy_mask, layout["hyper_mask"])
+        states, copy, gate, _ = self.decoder(self.embed_output(decoder_input_ids), memory)
         asked = targets != IGNORED  # the vocabulary is wide: only for tokens that count
         wanted = targets[asked]
         generated = self.vocabulary(states[asked]).gather(-1, wanted[:, None]).squeeze(-1)
-        copied = log_copied(copy, input_ids, targets)[asked]
+        copied = log_copied(copy, memory.of_question(input_ids), targets)[asked]
         log_likelihood = torch.logaddexp(
             nn.functional.logsigmoid(gate[asked]) + generated, nn.functional.logsigmoid(-gate[asked]) + copied
         )
         decoder_loss = -log_likelihood.mean()
-        states = text.flatten(0, 1)[tag_index]  # (S, M, D)
-        tagging_loss = self.tagger.loss(states, tags, tag_mask)
+        emissions = self.emissions(attributes, text, layout["hyper_mask"]).flatten(0, 1)  # (Q * T, C)
+        tagging_loss = self.tagger.loss(emissions[tag_index], tags, tag_mask)
         loss = decoder_loss + self.config.alpha * tagging_loss
         return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
 
+    def remember(self, attributes: Tensor, text: Tensor, copy_mask: Tensor, hyper_mask: Tensor) -> Memory:
+        """The decoder's memory of an encoded batch."""
+        asked = hyper_mask[:, : attributes.shape[1]]
+        return self.decoder.remember(attributes[asked], text, copy_mask, asked if self.config.joint else None)
+
+    def emissions(self, attributes: Tensor, text: Tensor, hyper_mask: Tensor) -> Tensor:
+        """The tagger's emissions for each question, (Q, T, C)."""
+        if not self.config.joint:
+            return self.tagger.emissions(text)
+        return self.tagger.joint_emissions(text, attributes)[hyper_mask[:, : attributes.shape[1]]]
+
     def next_token(self, memory: Memory, input_ids: Tensor, width: int) -> Callable[[Tensor, Tensor], Tensor]:
         """The step of `beam_search`; each hypothesis keeps the keys and values of its earlier tokens."""
-        past = self.decoder.no_past(len(input_ids) * width)
-        same = (input_ids[:, :, None] == input_ids[:, None, :]).to(memory.text.dtype)  # (B, T, T)
+        ids = memory.of_question(input_ids)
+        past = self.decoder.no_past(len(ids) * width)
+        same = memory.of_question((input_ids[:, :, None] == input_ids[:, None, :]).to(memory.text.dtype))
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
             nonlocal past
             position = tokens.new_tensor([past[0].shape[3]])
             past = [kept.index_select(1, parents.flatten()) for kept in past]
             states, copy, gate, past = self.decoder(self.embed_output(tokens, position), memory, past)
-            return mixture(self.vocabulary(states), copy @ same, gate, input_ids)
+            return mixture(self.vocabulary(states), copy @ same, gate, ids)
 
         return step
 
@@ -378,8 +399,8 @@ class Model(PreTrainedModel):
         batch = {name: tensor.to(self.device) for name, tensor in processor.collate(examples).items()}
         input_ids, copy_mask = batch["input_ids"], batch["copy_mask"]
         names = ("hyper_slot", "hyper_kind", "hyper_mask", "input_ids", "segment", "position", "regions")
-        attribute, text = self.encode(copy_mask=copy_mask, **{name: batch[name] for name in names})
-        memory = self.decoder.remember(attribute, text, copy_mask)
+        attributes, text = self.encode(copy_mask=copy_mask, **{name: batch[name] for name in names})
+        memory = self.remember(attributes, text, copy_mask, batch["hyper_mask"])
         tokens, scores = beam_search(
             self.next_token(memory, input_ids, self.config.beam_width),
             batch_size=len(examples),
@@ -389,20 +410,26 @@ class Model(PreTrainedModel):
             end=self.config.end_token,
             device=self.device,
         )
-        best = tokens[:, 0]
-        begins = torch.full_like(best[:, :1], self.config.begin_token)
+        shares = self.copied_shares(memory, input_ids, tokens[:, 0]).cpu().numpy()
+        own = memory.of_question(copy_mask).cpu().numpy()
+        best, probabilities = tokens[:, 0].tolist(), scores[:, 0].exp().tolist()
+        return [
+            processor.decode(example, output, probability, share[:, mask])
+            for example, output, probability, share, mask in zip(
+                examples, best, probabilities, shares, own, strict=True
+            )
+        ]
+
+    def copied_shares(self, memory: Memory, input_ids: Tensor, output: Tensor) -> Tensor:
+        """Of each output token (Q, Y) the share of its probability copied from each text token, (Q, Y, T)."""
+        begins = torch.full_like(output[:, :1], self.config.begin_token)
         states, copy, gate, _ = self.decoder(
-            self.embed_output(
-                torch.cat([begins, best[:, :-1]], dim=1), torch.arange(best.shape[1], device=self.device)
-            ),
-            memory,
+            self.embed_output(torch.cat([begins, output[:, :-1]], dim=1)), memory
         )
-        log_probs = self.vocabulary(states)
-        generated = gate.sigmoid() * log_probs.gather(-1, best[..., None]).squeeze(-1).exp()  # (B, Y)
-        copied = (1 - gate.sigmoid())[..., None] * copy * (input_ids[:, None] == best[..., None])
-        share = copied / (generated + copied.sum(-1)).clamp_min(1e-30)[..., None]  # (B, Y, T)
-        outputs = zip(examples, best.tolist(), scores[:, 0].exp().tolist(), share.cpu().numpy(), strict=True)
-        return [processor.decode(*output) for output in outputs]
+        generated = gate.sigmoid() * self.vocabulary(states).gather(-1, output[..., None]).squeeze(-1).exp()
+        same = memory.of_question(input_ids)[:, None] == output[..., None]
+        copied = (1 - gate.sigmoid())[..., None] * copy * same
+        return copied / (generated + copied.sum(-1)).clamp_min(1e-30)[..., None]
 
 
 AutoConfig.register(Config.model_type, Config)

@@ -46,42 +46,55 @@ def decode_tags(tags: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class Tagger(nn.Module):
-    """Emissions and a CRF, one chain per text segment, so that a value never spans two."""
+    """Emissions and a CRF, one chain per text segment, so that a value never spans two.
 
-    def __init__(self, *, hidden_size: int) -> None:
+    `joint`: the states of the text do not know what is asked, and each attribute has emission weights of its
+    own: those of all, plus a linear map of its encoded hyper-token.
+    """
+
+    def __init__(self, *, hidden_size: int, joint: bool = False) -> None:
         super().__init__()
         self.emission = nn.Linear(hidden_size, len(TAGS))
+        self.condition = nn.Linear(hidden_size, len(TAGS) * hidden_size) if joint else None
         self.crf = ScanCRF(len(TAGS))
 
-    def loss(self, states: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
-        """Negative log-likelihood, a mean over valid tokens, in float32.
+    def emissions(self, states: Tensor) -> Tensor:
+        """(..., D) to (..., C), in float32 or better, whatever precision the encoder ran in."""
+        dtype = torch.promote_types(self.emission.weight.dtype, torch.float32)
+        weight, bias = self.emission.weight.to(dtype), self.emission.bias.to(dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.to(dtype), weight, bias)
+
+    def joint_emissions(self, states: Tensor, attributes: Tensor) -> Tensor:
+        """(B, T, D) of the text and (B, A, D) of the attributes to (B, A, T, C)."""
+        assert self.condition is not None
+        weight = self.condition(attributes).unflatten(-1, (len(TAGS), -1)).flatten(1, 2)  # (B, A * C, D)
+        of_attribute = (weight @ states.transpose(1, 2)).unflatten(1, (-1, len(TAGS)))  # (B, A, C, T)
+        return self.emissions(states)[:, None] + of_attribute.transpose(2, 3)
+
+    def loss(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """Negative log-likelihood, a mean over valid tokens; never in less than float32.
 
         Args:
-            states: (S, T, D), one row per segment.
+            emissions: (S, T, C), one row per segment and attribute.
             tags: (S, T).
             mask: (S, T) bool, a prefix of every row. Rows without tokens are left out.
         """
         rows = mask[:, 0]
         if not rows.any():
-            return states.sum() * 0.0
+            return emissions.sum() * 0.0
         mask = mask[rows]
-        with torch.autocast(states.device.type, enabled=False):
-            log_likelihood = self.crf.log_likelihood(self.emissions(states[rows]), tags[rows], mask)
+        with torch.autocast(emissions.device.type, enabled=False):
+            log_likelihood = self.crf.log_likelihood(emissions[rows], tags[rows], mask)
         return -log_likelihood.sum() / mask.sum()
 
-    def emissions(self, states: Tensor) -> Tensor:
-        """(..., D) to (..., C), in float32 or better, whatever precision the encoder ran in."""
-        weight, bias = self.emission.weight, self.emission.bias
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return nn.functional.linear(states.to(dtype), weight.to(dtype), bias.to(dtype))
-
     @torch.no_grad()
-    def decode(self, states: Tensor, mask: Tensor) -> list[list[int]]:
-        """Best tags of every row, (S, T, D) to S lists as long as the rows; empty rows give []."""
+    def decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:
+        """Best tags of every row, (S, T, C) to S lists as long as the rows; empty rows give []."""
         rows = mask[:, 0]
-        paths: list[list[int]] = [[] for _ in range(len(states))]
+        paths: list[list[int]] = [[] for _ in range(len(emissions))]
         if rows.any():
-            best = self.crf.best_paths(self.emissions(states[rows]), mask[rows])
+            best = self.crf.best_paths(emissions[rows], mask[rows])
             lengths = mask[rows].sum(1).tolist()
             for row, path, length in zip(
                 rows.nonzero().flatten().tolist(), best.tolist(), lengths, strict=True

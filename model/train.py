@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ CHECKPOINTS = Path(".cache/training")
 class Settings(params.Settings):
     """Section `train`; the defaults are the paper's Table 6 for MAVE."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1)  # questions; products where a product's questions are asked together
     epochs: int = Field(20, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
     warmup_steps: int = Field(2000, ge=0)
@@ -123,6 +124,13 @@ def f1(rows: Sequence[dict[str, Any]], asked: Sequence[Question]) -> float:
     return 2 * right / (len(rows) + gold) if rows or gold else 0.0
 
 
+def rows(asked: Sequence[Question], *, joint: bool) -> list[list[Question]]:
+    """What is one row of a training batch: a question, or with `joint` all those of a product."""
+    if not joint:
+        return [[question] for question in asked]
+    return [list(of_one) for _, of_one in groupby(asked, key=lambda question: id(question.product))]
+
+
 def fit(
     cell: Cell, training: Sequence[Question], validation: Sequence[Question], seed: int, checkpoints: Path
 ) -> tuple[Any, Any, list[dict[str, float]]]:
@@ -135,18 +143,20 @@ def fit(
     transformers.set_seed(seed)
     width = next((q.product.regions.shape[1] for q in training if q.product.regions is not None), 1)
     model, processor = architecture.Model.start(settings, training, width)
-    steps = math.ceil(len(training) / cell.train.batch_size) * cell.train.epochs
-    look = math.ceil(steps / cell.train.evaluations)
 
     class Rows(torch.utils.data.Dataset):
         def __init__(self, asked: Sequence[Question]) -> None:
-            self.asked = asked
+            self.rows = rows(asked, joint=getattr(processor, "joint", False))
 
         def __len__(self) -> int:
-            return len(self.asked)
+            return len(self.rows)
 
         def __getitem__(self, index: int) -> Any:
-            return processor.encode(self.asked[index])
+            return [processor.encode(question) for question in self.rows[index]]
+
+    dataset = Rows(training)
+    steps = math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs
+    look = math.ceil(steps / cell.train.evaluations)
 
     class Trainer(transformers.Trainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -196,8 +206,8 @@ def fit(
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
         ),
-        data_collator=processor.collate,
-        train_dataset=Rows(training),
+        data_collator=lambda batch: processor.collate([example for row in batch for example in row]),
+        train_dataset=dataset,
         eval_dataset=Rows(validation),
         callbacks=[Whole()],
     )

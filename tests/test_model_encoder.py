@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.encoder import Encoder, StructuredAttention, masked_softmax, structured_masks
+from model.encoder import Encoder, StructuredAttention, masked_softmax, readable, structured_masks
 
 
 def test_the_masks_of_a_batch_with_padding_and_an_empty_segment_are_these_matrices():
@@ -28,6 +28,13 @@ def test_the_masks_of_a_batch_with_padding_and_an_empty_segment_are_these_matric
         [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
         [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
     ]
+
+
+def test_private_hyper_tokens_are_read_by_themselves_and_their_own_local_tokens():
+    hyper_mask, private = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, True, False]])
+    assert readable(hyper_mask, private).int().tolist() == [[[1, 0, 1], [0, 1, 1], [0, 0, 1]]]
+    masks = structured_masks(hyper_mask, torch.tensor([[0, 1, 2, 2]]), private)
+    assert masks.l2h.int().tolist() == [[[1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]]
 
 
 def test_a_row_without_anything_to_attend_to_gives_zeros_and_finite_gradients():

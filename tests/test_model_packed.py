@@ -42,19 +42,20 @@ def test_the_packing_of_two_rows_is_this():
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches, st.integers(0, 2**31))
-def test_outputs_and_gradients_are_those_of_the_reference(batch, seed):
+@given(batches, st.integers(0, 2**31), st.booleans())
+def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint):
     generator = torch.Generator().manual_seed(seed)
     hyper_mask, segment = padded(batch, generator)
+    private = torch.rand(hyper_mask.shape, generator=generator) < 0.5 if joint else None
     torch.manual_seed(seed)
     encoder = Encoder(**SIZES).double()
     hyper = torch.randn(*hyper_mask.shape, 8, dtype=torch.float64, requires_grad=True)
     local = torch.randn(*segment.shape, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn_like(hyper), torch.randn_like(local)
-    packing = pack(hyper_mask, segment)
+    packing = pack(hyper_mask, segment, private)
 
     def reference():
-        return encoder(hyper, local, hyper_mask, segment)
+        return encoder(hyper, local, hyper_mask, segment, private)
 
     def packed():
         rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]

@@ -152,6 +152,47 @@ def test_the_packed_and_the_reference_form_are_one_model():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_asking_all_attributes_of_a_product_at_once_is_asking_them_one_by_one(packed):
+    transformers.set_seed(0)
+    settings = TINY | {"tokenizer": "characters", "joint": True, "packed": packed}
+    asked = dozen()[:6]  # four of one product, two of another
+    model, processor = Model.start(Settings(**settings), asked, 16)
+    model = model.double().eval()
+
+    def heard(questions):
+        batch = processor.collate([processor.encode(question) for question in questions])
+        names = ("hyper_slot", "hyper_kind", "segment", "position", "regions", "input_ids", "copy_mask")
+        hyper_mask = batch["hyper_mask"]
+        attributes, text = model.encode(hyper_mask=hyper_mask, **{name: batch[name] for name in names})
+        emissions = model.emissions(attributes, text, hyper_mask)
+        rows = torch.arange(len(hyper_mask)).repeat_interleave(hyper_mask[:, : attributes.shape[1]].sum(1))
+        own = [emission[batch["copy_mask"][row]] for row, emission in zip(rows, emissions, strict=True)]
+        memory = model.remember(attributes, text, batch["copy_mask"], hyper_mask)
+        states, copy, gate, _ = model.decoder(model.embed_output(batch["decoder_input_ids"]), memory)
+        copy = [c[:, batch["copy_mask"][row]] for row, c in zip(rows, copy, strict=True)]
+        return len(hyper_mask), list(zip(own, states, copy, gate, strict=True))
+
+    rows, together = heard(asked)
+    assert rows == 2
+    for question, mine in zip(asked, together, strict=True):
+        _, [alone] = heard([question])
+        steps = len(alone[1])
+        for ours, theirs in zip(mine, alone, strict=True):
+            if ours is not mine[0]:
+                ours = ours[:steps]
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_the_joint_form_learns_what_stands_in_text_and_print_by_heart():
+    model, processor = train(TINY | {"joint": True, "tokenizer": "characters"}, dozen(), 260)
+    asked = dozen()
+    found = model.extract([processor.encode(question) for question in asked], processor)
+    assert [tuple(e.value.lower() for e in extractions) for extractions in found] == [
+        question.values for question in asked
+    ]
+
+
 def test_words_and_layers_start_from_the_checkpoint():
     settings = Settings(**TINY | PRETRAINED | {"pretrained_layers": True, "intermediate_size": 1536})
     model, processor = Model.start(settings, dozen(), 16)

@@ -54,18 +54,21 @@ def test_the_loss_is_the_negative_log_likelihood_over_all_paths_per_token():
         paths = itertools.product(range(len(TAGS)), repeat=length)
         partition = torch.logsumexp(torch.stack([score(row, path) for path in paths]), 0)
         loss = loss + partition - score(row, tags[row, :length].tolist())
-    torch.testing.assert_close(tagger.loss(states, tags, mask), loss / 4)
+    torch.testing.assert_close(tagger.loss(emissions, tags, mask), loss / 4)
 
 
 def test_segments_without_tokens_cost_nothing_and_break_nothing():
     tagger = Tagger(hidden_size=3)
     states = torch.randn(2, 4, 3, requires_grad=True)
     tags, nothing = torch.full((2, 4), O), torch.zeros(2, 4, dtype=torch.bool)
-    loss = tagger.loss(states, tags, nothing)
+    loss = tagger.loss(tagger.emissions(states), tags, nothing)
     loss.backward()
     assert loss.item() == 0
     assert states.grad.abs().sum() == 0
     one = nothing.clone()
     one[1, :2] = True
-    assert [len(path) for path in tagger.decode(states, one)] == [0, 2]
-    torch.testing.assert_close(tagger.loss(states, tags, one), tagger.loss(states[1:], tags[1:], one[1:]))
+    assert [len(path) for path in tagger.decode(tagger.emissions(states), one)] == [0, 2]
+    emissions = tagger.emissions(states)
+    torch.testing.assert_close(
+        tagger.loss(emissions, tags, one), tagger.loss(emissions[1:], tags[1:], one[1:])
+    )
