@@ -173,40 +173,53 @@ def beam_search(
     max_length: int,
     begin: int,
     end: int,
+    num_best: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The `width` most probable outputs found, without length normalisation.
+    """The most probable outputs found, without length normalisation; those of transformers' beam search.
+
+    `width` unfinished hypotheses go on beside the finished ones. An output is finished when its end token is
+    among the `width` best continuations of the example.
 
     Args:
         step: maps the last tokens of the hypotheses (B, W), at first `begin`, and the hypothesis of the step
             before that each goes on from, as a row of (B * W) in (B, W), to next-token log-probabilities
-            (B, W, V), which are overwritten.
+            (B, W, V).
         max_length: tokens before the end token, which is forced after that many.
+        num_best: how many outputs of each example are wanted, `width` by default. The search ends when no
+            unfinished hypothesis can become one of them.
 
     Returns:
-        tokens (B, W, max_length + 1), filled with `end` after the first one, and log-probabilities
-        (B, W), best first; a hypothesis that does not exist has -inf.
+        tokens (B, num_best, max_length + 1), filled with `end` after the first one, and log-probabilities
+        (B, num_best), best first; a hypothesis that does not exist has -inf.
     """
+    num_best = width if num_best is None else num_best
     first = torch.arange(batch_size, device=device)[:, None] * width  # of each example's rows
     last = torch.full((batch_size, width), begin, device=device)
     parent = torch.arange(width, device=device).expand(batch_size, width)
-    tokens = torch.full((batch_size, width, max_length + 1), end, device=device)
     scores = torch.full((batch_size, width), -math.inf, device=device)
     scores[:, 0] = 0.0
-    finished = torch.zeros_like(last, dtype=torch.bool)
+    tokens = torch.full((batch_size, width, max_length + 1), end, device=device)
+    best_tokens, best_scores = tokens[:, :num_best], scores[:, :1].expand(-1, num_best) - math.inf
     for position in range(max_length + 1):
-        log_probs = step(last, first + parent).float().contiguous()
-        vocabulary = log_probs.shape[-1]
-        only_end = torch.arange(vocabulary, device=device) == end
-        if position == max_length:
-            log_probs.masked_fill_(~only_end, -math.inf)
-        log_probs[finished] = torch.where(only_end, 0.0, -math.inf)
-        likely, word = log_probs.topk(min(width, vocabulary))  # the best of all are among the best of each
-        scores, best = (scores[..., None] + likely).flatten(1).topk(width, dim=1)
-        parent, last = best // likely.shape[-1], word.flatten(1).gather(1, best)
+        log_probs = step(last, first + parent).float()
+        ended = scores + log_probs[..., end]  # (B, W)
+        candidates = [ended]
+        if position < max_length:
+            # The best of all are among the best of each; one of these may be the end token.
+            likely, word = log_probs.topk(min(width + 1, log_probs.shape[-1]))
+            goes_on = (scores[..., None] + likely.masked_fill(word == end, -math.inf)).flatten(1)
+            scores, chosen = goes_on.topk(min(width, goes_on.shape[1]), dim=1)
+            candidates.append(scores)
+        least = torch.cat(candidates, dim=1).topk(width, dim=1).values[:, -1:]
+        pool = torch.cat([best_scores, ended.masked_fill(ended < least, -math.inf)], dim=1)
+        best_scores, kept = pool.topk(num_best, dim=1)
+        best_tokens = torch.cat([best_tokens, tokens], dim=1).gather(
+            1, kept[..., None].expand_as(best_tokens)
+        )
+        if position == max_length or (best_scores[:, -1] >= scores[:, 0]).all():
+            break
+        parent, last = chosen // likely.shape[-1], word.flatten(1).gather(1, chosen)
         tokens = tokens.gather(1, parent[..., None].expand_as(tokens))
         tokens[..., position] = last
-        finished = finished.gather(1, parent) | (last == end)
-        if finished.all():
-            break
-    return tokens, scores
+    return best_tokens, best_scores

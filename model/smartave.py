@@ -408,6 +408,7 @@ class Model(PreTrainedModel):
             max_length=self.config.max_output_length,
             begin=self.config.begin_token,
             end=self.config.end_token,
+            num_best=1,
             device=self.device,
         )
         shares = self.copied_shares(memory, input_ids, tokens[:, 0]).cpu().numpy()

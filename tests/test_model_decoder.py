@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from model.decoder import CopyDecoder, beam_search, log_copied, mixture
 
@@ -137,7 +138,8 @@ def test_a_beam_as_wide_as_the_space_finds_what_exhaustive_search_finds(seed):
     tokens, scores = beam_search(
         over_prefixes([model]),
         batch_size=1,
-        width=40,
+        width=120,
+        num_best=40,
         max_length=3,
         begin=BEGIN,
         end=END,
@@ -148,6 +150,62 @@ def test_a_beam_as_wide_as_the_space_finds_what_exhaustive_search_finds(seed):
     ):
         assert found[: found.index(END)] == output
         assert found_score == pytest.approx(score, abs=1e-5)
+
+
+class Scores(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """What `transformers` can generate from: log-probabilities of `table` models, chosen by begin token."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, models):
+        super().__init__(
+            transformers.PretrainedConfig(vocab_size=BEGIN + len(models), is_encoder_decoder=False)
+        )
+        self.models, self.unused = models, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, **kwargs):
+        rows = [self.models[tokens[0] - BEGIN]([BEGIN, *tokens[1:]]) for tokens in input_ids.tolist()]
+        logits = torch.full((len(rows), 1, self.config.vocab_size), -math.inf)
+        logits[:, 0, :VOCABULARY] = torch.stack(rows)
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids}
+
+
+def ending(model):
+    """Ends for certain after five tokens: a forced end costs nothing in transformers, here its own price."""
+    certain = torch.full((VOCABULARY,), -math.inf).index_fill(0, torch.tensor(END), 0.0)
+    return lambda prefix: certain if len(prefix) > 5 else model(prefix)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_beams_are_those_of_transformers_on_the_same_scores(width):
+    models = [ending(table(seed)) for seed in range(20, 26)]
+    tokens, scores = beam_search(
+        over_prefixes(models), batch_size=6, width=width, max_length=5, begin=BEGIN, end=END
+    )
+    theirs = Scores(models).generate(
+        BEGIN + torch.arange(6)[:, None],
+        num_beams=width,
+        num_return_sequences=width,
+        max_length=7,
+        eos_token_id=END,
+        pad_token_id=END,
+        length_penalty=0.0,
+        do_sample=False,
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    want = torch.nn.functional.pad(theirs.sequences[:, 1:], (0, 7 - theirs.sequences.shape[1]), value=END)
+    assert tokens.flatten(0, 1).tolist() == want.tolist()
+    if width > 1:
+        torch.testing.assert_close(scores.flatten(), theirs.sequences_scores)
+    best, _ = beam_search(
+        over_prefixes(models), batch_size=6, width=width, max_length=5, begin=BEGIN, end=END, num_best=1
+    )
+    assert best[:, 0].tolist() == tokens[:, 0].tolist()
 
 
 def test_a_beam_of_one_is_greedy_and_rows_of_a_batch_do_not_mix():
