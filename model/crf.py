@@ -34,19 +34,21 @@ class ScanCRF(CRF):
 
     def log_partition(self, emissions: Tensor, mask: Tensor) -> Tensor:
         """log sum exp of the scores of all paths of each chain, (B,)."""
-        nothing = torch.full_like(self.transitions, IMPOSSIBLE).fill_diagonal_(0)
-        steps = self.transitions + emissions[:, 1:, None, :]  # (B, T - 1, C, C), from tag to tag
-        steps = torch.where(mask[:, 1:, None, None], steps, nothing)
-        while steps.shape[1] > 1:
-            odd = steps[:, 2 * (steps.shape[1] // 2) :]
-            pairs = steps[:, : 2 * (steps.shape[1] // 2)].unflatten(1, (-1, 2))
-            first, then = pairs.unbind(2)
-            joined = (first[..., :, :, None] + then[..., None, :, :]).logsumexp(-2)
-            steps = torch.cat([joined, odd], dim=1)
-        score = self.start_transitions + emissions[:, 0]  # (B, C)
-        if steps.shape[1]:
-            score = (score[:, :, None] + steps[:, 0]).logsumexp(1)
-        return (score + self.end_transitions).logsumexp(1)
+        emissions = emissions.permute(
+            2, 1, 0
+        ).contiguous()  # (C, T, B): kernels run along chains, not along tags
+        on = mask.t()
+        nothing = torch.full_like(self.transitions, IMPOSSIBLE).fill_diagonal_(0)[:, :, None, None]
+        steps = self.transitions[:, :, None, None] + emissions[:, 1:]  # (C, C, T - 1, B), from tag to tag
+        steps = torch.where(on[1:], steps, nothing)
+        while (num_steps := steps.shape[2]) > 1:
+            first, then = steps[:, :, 0 : num_steps - 1 : 2], steps[:, :, 1::2]
+            joined = (first[:, :, None] + then[None]).logsumexp(1)
+            steps = torch.cat([joined, steps[:, :, num_steps - num_steps % 2 :]], dim=2)
+        score = self.start_transitions[:, None] + emissions[:, 0]  # (C, B)
+        if steps.shape[2]:
+            score = (score[:, None] + steps[:, :, 0]).logsumexp(0)
+        return (score + self.end_transitions[:, None]).logsumexp(0)
 
     @torch.no_grad()
     def best_paths(self, emissions: Tensor, mask: Tensor) -> Tensor:

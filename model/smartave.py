@@ -26,7 +26,7 @@ from model.encoder import Encoder
 from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
-from model.tagging import Tagger
+from model.tagging import Tagger, batch_mean
 from pipeline import params
 
 __all__ = ["Config", "Model", "Processor", "Settings"]
@@ -361,7 +361,7 @@ class Model(PreTrainedModel):
         log_likelihood = torch.logaddexp(
             nn.functional.logsigmoid(gate[asked]) + generated, nn.functional.logsigmoid(-gate[asked]) + copied
         )
-        decoder_loss = -log_likelihood.mean()
+        decoder_loss = batch_mean(-log_likelihood.sum(), asked.sum())
         emissions = self.emissions(attributes, text, layout["hyper_mask"]).flatten(0, 1)  # (Q * T, C)
         tagging_loss = self.tagger.loss(emissions[tag_index], tags, tag_mask)
         loss = decoder_loss + self.config.alpha * tagging_loss

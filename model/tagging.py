@@ -6,7 +6,7 @@ A value of one token is B; of two or more, B (I...) E.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from model.crf import ScanCRF
 
@@ -45,6 +45,18 @@ def decode_tags(tags: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
+def batch_mean(total: Tensor, count: Tensor) -> Tensor:
+    """`total` over `count`, which is that of the whole batch where several processes share one.
+
+    Their gradients are averaged, so that each part is multiplied by their number.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and torch.is_grad_enabled()):
+        return total / count.clamp_min(1)
+    whole = count.clone()
+    distributed.all_reduce(whole)
+    return total * distributed.get_world_size() / whole.clamp_min(1)
+
+
 class Tagger(nn.Module):
     """Emissions and a CRF, one chain per text segment, so that a value never spans two.
 
@@ -81,12 +93,12 @@ class Tagger(nn.Module):
             mask: (S, T) bool, a prefix of every row. Rows without tokens are left out.
         """
         rows = mask[:, 0]
-        if not rows.any():
-            return emissions.sum() * 0.0
-        mask = mask[rows]
-        with torch.autocast(emissions.device.type, enabled=False):
-            log_likelihood = self.crf.log_likelihood(emissions[rows], tags[rows], mask)
-        return -log_likelihood.sum() / mask.sum()
+        # Nothing to learn from still has a gradient, zero, which several processes wait for.
+        total = emissions.sum() * 0 + sum(weight.sum() * 0 for weight in self.crf.parameters())
+        if rows.any():
+            with torch.autocast(emissions.device.type, enabled=False):
+                total = total - self.crf.log_likelihood(emissions[rows], tags[rows], mask[rows]).sum()
+        return batch_mean(total, mask.sum())
 
     @torch.no_grad()
     def decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:

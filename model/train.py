@@ -2,9 +2,12 @@
 
     python -m model.train CORPUS MODEL SEED
 
+    torchrun --nproc-per-node 2 -m model.train CORPUS MODEL SEED
+
 Writes runs/CORPUS/MODEL/SEED/model (weights, configuration, tokenizer, provenance, validation scores)
 and history.json beside it. Checkpoints live outside DVC's outputs, under a digest of everything
-that the result depends on: killed anywhere, the next run goes on from the last whole one.
+that the result depends on: killed anywhere, the next run goes on from the last whole one. Several processes
+share each batch, and give what one does when it divides the data.
 """
 
 import argparse
@@ -12,9 +15,12 @@ import hashlib
 import importlib
 import json
 import math
+import os
+import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +29,13 @@ from pydantic import Field
 
 from model.examples import Question, questions
 from pipeline import params
+from pipeline.disk import sha256_of, write_json
 from pipeline.shards import ShardFolder, code_digest
 from pipeline.workers import stopping_with_parent
 
 CHECKPOINTS = Path(".cache/training")
+WHOLE = "whole.json"  # the seal of a checkpoint that was written to its end
+POOL = 8
 
 
 class Settings(params.Settings):
@@ -38,6 +47,7 @@ class Settings(params.Settings):
     warmup_steps: int = Field(2000, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = Field(1, ge=1)  # parts that a batch is computed in; divides batch_size
     evaluations: int = Field(5, ge=1)  # how often, evenly, the validation split is looked at
 
 
@@ -68,15 +78,73 @@ def digest(corpus: str, cell: Cell, seed: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def seal(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole, and of which bytes."""
+    files = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    write_json(files, checkpoint / WHOLE)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it was sealed and every file still has the bytes that it had then."""
+    seal = checkpoint / WHOLE
+    if not seal.is_file():
+        return False
+    files = json.loads(seal.read_text())
+    return all(
+        (checkpoint / name).is_file() and sha256_of(checkpoint / name) == files[name] for name in files
+    )
+
+
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; those that were not are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / "whole").is_file():
-            whole.append((int(checkpoint.name.rpartition("-")[2]), str(checkpoint)))
-        else:
-            shutil.rmtree(checkpoint)
-    return max(whole)[1] if whole else None
+    """The newest checkpoint with all of its bytes; newer ones without are removed."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        if is_whole(checkpoint):
+            return str(checkpoint)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+class Divergence:
+    """Raises `ValueError` when the loss is not a number or grows instead of falling.
+
+    What counts is the mean over `window` steps: three times the smallest one so far is divergence.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        self.recent: deque[float] = deque(maxlen=window)
+        self.least = math.inf
+
+    def watch(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}: training stops; lower train.learning_rate")
+        self.recent.append(loss)
+        if len(self.recent) == self.recent.maxlen:
+            mean = sum(self.recent) / len(self.recent)
+            self.least = min(self.least, mean)
+            if mean > 3 * self.least + 1:
+                raise ValueError(
+                    f"the loss is {mean:.3g} at step {step}, {self.least:.3g} before: training diverges "
+                    "and stops; lower train.learning_rate or raise train.warmup_steps"
+                )
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """The rows of an epoch in order, batches of similar length, as a function of lengths, seed and epoch.
+
+    Rows are shuffled, sorted by length within runs of `POOL` batches, and their batches shuffled; a smaller
+    last batch stays the last.
+    """
+    chance = random.Random(f"{seed} {epoch}")
+    rows = list(range(len(lengths)))
+    chance.shuffle(rows)
+    batches: list[list[int]] = []
+    for begin in range(0, len(rows), POOL * batch_size):
+        pool = sorted(rows[begin : begin + POOL * batch_size], key=lengths.__getitem__)
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    rest = [batches.pop()] if len(batches[-1]) < batch_size else []
+    chance.shuffle(batches)
+    return [row for batch in batches + rest for row in batch]
 
 
 def curves(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -131,6 +199,12 @@ def rows(asked: Sequence[Question], *, joint: bool) -> list[list[Question]]:
     return [list(of_one) for _, of_one in groupby(asked, key=lambda question: id(question.product))]
 
 
+def characters(question: Question) -> int:
+    """How long its product's texts are."""
+    product = question.product
+    return sum(len(text) for text, _ in product.paragraphs) + sum(len(line.text) for line in product.ocr)
+
+
 def fit(
     cell: Cell, training: Sequence[Question], validation: Sequence[Question], seed: int, checkpoints: Path
 ) -> tuple[Any, Any, list[dict[str, float]]]:
@@ -154,11 +228,36 @@ def fit(
         def __getitem__(self, index: int) -> Any:
             return [processor.encode(question) for question in self.rows[index]]
 
+    class Order(torch.utils.data.Sampler):
+        """`batch_order` of the epoch that the trainer has set."""
+
+        def __init__(self, rows: Sequence[Sequence[Question]]) -> None:
+            self.lengths, self.epoch = [characters(row[0]) for row in rows], 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(batch_order(self.lengths, cell.train.batch_size, seed, self.epoch))
+
     dataset = Rows(training)
     steps = math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs
     look = math.ceil(steps / cell.train.evaluations)
 
+    divergence = Divergence()
+
     class Trainer(transformers.Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return Order(dataset.rows)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            divergence.watch(loss.item() * cell.train.accumulate, self.state.global_step + 1)
+            return loss
+
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
             model.eval()
@@ -169,17 +268,23 @@ def fit(
 
     class Whole(transformers.TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole").touch()
+            if state.is_world_process_zero:
+                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and not math.isfinite(logs.get("loss", 0.0)):
-                raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: training stops")
-
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    part, rest = divmod(cell.train.batch_size, processes * cell.train.accumulate)
+    if rest:
+        raise ValueError(
+            f"train.batch_size is {cell.train.batch_size}, which {processes} processes times "
+            f"train.accumulate {cell.train.accumulate} do not divide"
+        )
     trainer = Trainer(
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(checkpoints),
-            per_device_train_batch_size=cell.train.batch_size,
+            use_cpu=not torch.cuda.is_available(),
+            per_device_train_batch_size=part,
+            gradient_accumulation_steps=cell.train.accumulate,
             per_device_eval_batch_size=2 * cell.train.batch_size,
             num_train_epochs=cell.train.epochs,
             learning_rate=cell.train.learning_rate,
@@ -190,7 +295,8 @@ def fit(
             weight_decay=0.0,  # which makes it the paper's Adam
             bf16=cell.train.precision == "bfloat16",
             seed=seed,
-            data_seed=seed,
+            ddp_find_unused_parameters=False,
+            dataloader_num_workers=4 if torch.cuda.is_available() else 0,
             eval_strategy="steps",
             eval_steps=look,
             logging_steps=look,
@@ -211,7 +317,9 @@ def fit(
         eval_dataset=Rows(validation),
         callbacks=[Whole()],
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    with trainer.args.main_process_first(desc="looking for checkpoints"):
+        last = last_whole_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=last)
     return model.eval(), processor, curves(trainer.state.log_history)
 
 
@@ -249,6 +357,8 @@ def run(corpus: str, name: str, seed: int) -> None:
             "both must be there"
         )
     model, processor, history = fit(cell, training, validation, seed, checkpoints)
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process of several writes for all
     rows = judge(model, processor, validation, 2 * cell.train.batch_size)
     folder = Path("runs", corpus, name, str(seed))
     temporary = folder / "model.tmp"

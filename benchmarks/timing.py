@@ -1,0 +1,40 @@
+"""Interleaved runs, the best time of each: what else the machine does falls on all alike, or on none."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import transformers
+
+
+def best_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+    """Wall seconds of each run, in turns, after one turn that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: min(of_one) for name, of_one in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 1536) -> float:
+    """FLOP/s of a square product."""
+    a, b = torch.randn(2, size, size).to(dtype).unbind()
+    best = best_s({"product": lambda: a @ b})["product"]
+    return 2 * size**3 / best
+
+
+def machine() -> str:
+    bf16 = (
+        "with"
+        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else "without"
+    )
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{bf16} bf16 instructions, torch {torch.__version__}, transformers {transformers.__version__}"
+    )

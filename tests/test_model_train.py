@@ -1,0 +1,185 @@
+"""Training: batches, resuming after a kill, broken checkpoints, divergence, several processes."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import train
+from model.examples import Evidence, Product, Question
+
+COLORS = ("red", "green", "blue")
+TINY = {
+    "image": False,
+    "pretrained": None,
+    "tokenizer": "characters",
+    "hidden_size": 16,
+    "encoder_heads": 2,
+    "decoder_heads": 2,
+    "intermediate_size": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "dropout": 0.1,
+    "max_length": 32,
+}
+STEPS = {"batch_size": 8, "epochs": 4, "learning_rate": 0.003, "warmup_steps": 2, "evaluations": 3}
+
+
+def asked(number):
+    """Colors in titles of two lengths."""
+    found = []
+    for i in range(number):
+        color, item = COLORS[i % 3], f"B{i:09}"
+        product = Product(item, item, "Mugs", ((f"Nice {color} mug" + " for tea" * (i % 2), "title"),))
+        found.append(
+            Question(product, "Color", (color,), ("text",), (Evidence(color, 0, 5, 5 + len(color)),))
+        )
+    return found
+
+
+def cell(settings=(), **steps):
+    return train.Cell(
+        architecture="model.smartave", code="", settings=TINY | dict(settings), train=STEPS | steps
+    )
+
+
+def fit(folder, the_cell=None):
+    model, _, history = train.fit(the_cell or cell(), asked(24), asked(6), 0, Path(folder))
+    return model.state_dict(), history
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("uninterrupted"))
+
+
+class Killed(BaseException):
+    """Not an error that anybody handles."""
+
+
+def killed_at(step, folder, monkeypatch):
+    def watch(self, loss, at):
+        if at == step:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Divergence, "watch", watch)
+        with pytest.raises(Killed):
+            fit(folder)
+
+
+def same_weights(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_killed_and_run_again_gives_equal_weights_bit_by_bit(uninterrupted, tmp_path, monkeypatch):
+    killed_at(6, tmp_path, monkeypatch)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    weights, history = fit(tmp_path)
+    assert same_weights(weights, uninterrupted[0])
+    assert history == uninterrupted[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "unsealed"])
+def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, tmp_path, monkeypatch, damage):
+    killed_at(10, tmp_path, monkeypatch)
+    last = tmp_path / "checkpoint-8"
+    weights = last / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        (last / "optimizer.pt").unlink()
+    else:
+        (last / train.WHOLE).unlink()
+    assert train.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not last.exists()
+    if damage == "truncated":
+        assert same_weights(fit(tmp_path)[0], uninterrupted[0])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_training_with_a_message(tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: training stops"):
+        fit(tmp_path, cell(learning_rate=1e30, warmup_steps=0))
+
+
+def test_a_loss_that_grows_stops_the_training_with_a_message():
+    divergence = train.Divergence(window=3)
+    for step, loss in enumerate((2.0, 2.0, 2.0, 9.0, 2.0, 10.0)):
+        divergence.watch(loss, step)
+    with pytest.raises(ValueError, match=r"the loss is 7.33 at step 6, 2 before: training diverges"):
+        divergence.watch(10.0, 6)
+
+
+def test_a_batch_computed_in_parts_is_as_many_steps(tmp_path):
+    _, history = fit(tmp_path, cell(accumulate=2))
+    assert history[-1]["step"] == 12
+    with pytest.raises(
+        ValueError, match=r"batch_size is 8, which 1 processes times train.accumulate 3 do not"
+    ):
+        fit(tmp_path, cell(accumulate=3))
+
+
+def test_batches_are_a_function_of_seed_and_epoch_and_of_similar_length():
+    lengths = [i * 37 % 101 for i in range(70)]
+    order = train.batch_order(lengths, 8, 0, 0)
+    assert sorted(order) == list(range(70))
+    assert order == train.batch_order(lengths, 8, 0, 0)
+    assert len({tuple(train.batch_order(lengths, 8, *other)) for other in ((0, 0), (0, 1), (1, 0))}) == 3
+    spreads = [
+        max(lengths[i] for i in order[k : k + 8]) - min(lengths[i] for i in order[k : k + 8])
+        for k in range(0, 64, 8)
+    ]
+    assert sum(spreads) / len(spreads) < 20  # of 100
+
+
+def test_every_epoch_has_its_own_order(tmp_path, monkeypatch):
+    seen = []
+
+    def order(lengths, batch_size, seed, epoch):
+        seen.append(epoch)
+        return list(range(len(lengths)))
+
+    monkeypatch.setattr(train, "batch_order", order)
+    fit(tmp_path)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_rows_are_questions_or_with_joint_products():
+    first, second = (question.product for question in asked(2))
+    questions = [Question(first, "Color"), Question(first, "Size"), Question(second, "Color")]
+    assert [len(row) for row in train.rows(questions, joint=False)] == [1, 1, 1]
+    assert [len(row) for row in train.rows(questions, joint=True)] == [2, 1]
+
+
+PROCESS = """
+import json, os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_model_train as this
+_, history = this.fit({folder!r}, this.cell({{"dropout": 0.0}}))
+if os.environ["RANK"] == "0":
+    open({output!r}, "w").write(json.dumps(history))
+"""
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    here, output = Path(__file__).parent, tmp_path / "history.json"
+    script = tmp_path / "run.py"
+    where = {"folder": str(tmp_path / "two"), "output": str(output)}
+    script.write_text(PROCESS.format(tests=str(here), root=str(here.parent), **where))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(output.read_text())
+    _, one = fit(tmp_path / "one", cell({"dropout": 0.0}))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert math.isfinite(a["validation_loss"])
+        assert a["validation_f1"] == b["validation_f1"]
