@@ -1,26 +1,35 @@
-"""One encoder layer, forward and backward, beside a dense BERT layer of the same width and tokens.
+"""One encoder layer, forward and backward, beside a dense BERT layer of the same width and number of tokens.
 
-The reference form masks dense scores, so nothing is won over BERT yet; this is the line that the packed
-form has to beat. The mix of segments: title 5 %, description 35 %,
-five bullets of 8 %, OCR 10 %, image 10 %.
+The mix of segments: title 5 %, description 35 %, five bullets of 8 %, OCR 10 %, image 10 %; as many examples as
+make 2,048 local-tokens, dense batches all. `bound` is what free attention would win over BERT, 1 + N / (6 D).
+Memory is what the forward pass keeps for the backward pass. At the longest, Longformer and BigBird (their layers
+with their default windows) too. Writes the plot of time and memory to reports/encoder.png.
 """
 
-import statistics
-import time
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from transformers import BertConfig
+from torch import Tensor
+from transformers import BertConfig, BigBirdConfig, LongformerConfig
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.big_bird.modeling_big_bird import BigBirdModel
+from transformers.models.longformer.modeling_longformer import LongformerModel
 
-from model.encoder import EncoderLayer, structured_masks
+from benchmarks.timing import best_s, machine, matmul_peak
+from model.encoder import Encoder
+from model.packed import pack, packed_encoder
 
 WIDTH, HEADS, INNER = 768, 12, 3072
 SHARES = (0.05, 0.35, 0.08, 0.08, 0.08, 0.08, 0.08, 0.10, 0.10)
-REPEATS = 5
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+TOKENS = 2048
+SIZES = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": INNER}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def layout(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def layout(length: int) -> tuple[Tensor, Tensor]:
     """Hyper mask (1, N) and segment (1, L); the Attribute hyper-token owns nothing here."""
     sizes = [max(1, round(share * length)) for share in SHARES]
     sizes[1] += length - sum(sizes)
@@ -28,43 +37,122 @@ def layout(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(1, len(sizes) + 1, dtype=torch.bool), segment[None]
 
 
-def median_s(run: Callable[[], None]) -> float:
-    run()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def kept_bytes(run: Callable[[], Tensor]) -> int:
+    """What the forward pass keeps for the backward pass, weights not counted twice."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = run()
+    del output
+    return sum(seen.values())
+
+
+def dense(implementation: str) -> BertLayer:
+    return BertLayer(BertConfig(**SIZES, **NO_DROPOUT, attn_implementation=implementation))
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def peers(length: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Layers of models for long texts, as (1, N, D) to the same."""
+    common = {
+        **SIZES,
+        **NO_DROPOUT,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": length + 8,
+        "vocab_size": 8,
+    }
+    longformer = LongformerModel(LongformerConfig(**common, attention_window=[512]), add_pooling_layer=False)
+    big_bird = BigBirdModel(BigBirdConfig(**common, attention_type="block_sparse"), add_pooling_layer=False)
+    return {
+        "Longformer": lambda x: longformer(inputs_embeds=x).last_hidden_state,
+        "BigBird": lambda x: big_bird(inputs_embeds=x).last_hidden_state,
+    }
+
+
+def forms(length: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """The forward pass of each form on tokens that want a gradient, as a function without arguments."""
+    hyper_mask, segment = (part.repeat(TOKENS // length, 1) for part in layout(length))
+    batch, num_hyper = hyper_mask.shape
+    packing = pack(hyper_mask, segment)
+    encoder = Encoder(
+        num_layers=1, hidden_size=WIDTH, num_heads=HEADS, intermediate_size=INNER, dropout=0.0
+    ).to(dtype)
+    tokens = torch.randn(batch, num_hyper + length, WIDTH, dtype=dtype, requires_grad=True)
+    packed = tokens.detach().flatten(0, 1).requires_grad_()
+
+    def ours() -> Tensor:
+        rows = packed.split([packing.num_hyper, len(packed) - packing.num_hyper])
+        return torch.cat(packed_encoder(encoder, *rows, packing))
+
+    found: dict[str, Callable[[], Tensor]] = {"ours": ours}
+    for name in ("sdpa", "eager"):
+        layer = dense(name).to(dtype)
+        found[f"BERT {name}"] = lambda layer=layer: first(layer(tokens))
+    if length == max(LENGTHS) and dtype == torch.float32:
+        for name, run in peers(length + 512).items():
+            found[name] = lambda run=run: run(tokens)
+    return found
+
+
+def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2 * len(rows), figsize=(7 * len(rows), 3.2), squeeze=False)
+    for index, (dtype, curves) in enumerate(rows.items()):
+        time, memory = axes[0][2 * index : 2 * index + 2]
+        for name in ("ours", "BERT sdpa", "BERT eager"):
+            time.plot(LENGTHS, [1e3 * x for x in curves[name]], label=name)
+            memory.plot(LENGTHS, [x / 2**20 for x in curves[f"{name} bytes"]], label=name)
+        bound = [
+            1e3 * seconds / (1 + length / (6 * WIDTH))
+            for length, seconds in zip(LENGTHS, curves["BERT sdpa"], strict=True)
+        ]
+        time.plot(LENGTHS, bound, "--", label="bound")
+        time.set(title=f"{dtype}: ms", xlabel="local-tokens", xscale="log", yscale="log")
+        memory.set(title=f"{dtype}: MiB kept", xlabel="local-tokens", xscale="log", yscale="log")
+        time.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=INNER, attn_implementation="sdpa"
-    )
-    dense = BertLayer(config)
-    ours = EncoderLayer(hidden_size=WIDTH, num_heads=HEADS, intermediate_size=INNER, dropout=0.1)
-    print(f"forward + backward, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'tokens':>7} {'BERT sdpa':>10} {'ours':>10} {'speed-up':>9}")
-    for length in (64, 256, 1024):
-        hyper_mask, segment = layout(length)
-        masks = structured_masks(hyper_mask, segment)
-        num_hyper = hyper_mask.shape[1]
-        hyper, local = torch.randn(1, num_hyper, WIDTH), torch.randn(1, length, WIDTH)
-        whole = torch.cat([hyper, local], dim=1)
-
-        def run_dense(whole: torch.Tensor = whole) -> None:
-            out = dense(whole)
-            (out[0] if isinstance(out, tuple) else out).sum().backward()
-
-        def run_ours(hyper: torch.Tensor = hyper, local: torch.Tensor = local, masks=masks) -> None:
-            sum(part.sum() for part in ours(hyper, local, masks)).backward()
-
-        theirs_s, ours_s = median_s(run_dense), median_s(run_ours)
-        print(
-            f"{num_hyper + length:7d} {theirs_s * 1e3:8.1f}ms {ours_s * 1e3:8.1f}ms {theirs_s / ours_s:8.2f}x"
-        )
+    repeats = int(os.environ.get("REPEATS", "5"))
+    print(f"encoder layer, forward + backward; {machine()}")
+    rows: dict[str, dict[str, list[float]]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"{dtype}: matmul peak {matmul_peak(dtype) / 1e9:.0f} GFLOP/s")
+        curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
+        for length in LENGTHS:
+            runs = forms(length, dtype)
+            seconds = best_s(
+                {name: lambda run=run: run().sum().backward() for name, run in runs.items()}, repeats
+            )
+            cells = []
+            for name, run in runs.items():
+                curves.setdefault(name, []).append(seconds[name])
+                curves.setdefault(f"{name} bytes", []).append(kept_bytes(run))
+                cells.append(
+                    f"{name} {seconds[name] * 1e3:.1f}ms {curves[f'{name} bytes'][-1] / 2**20:.0f}MiB"
+                )
+            dense_s, fastest = seconds["BERT sdpa"], min(seconds["BERT sdpa"], seconds["BERT eager"])
+            print(
+                f"{length:6d}  " + ", ".join(cells) + f"; {dense_s / seconds['ours']:.2f}x SDPA, "
+                f"{fastest / seconds['ours']:.2f}x the faster, bound {1 + length / (6 * WIDTH):.2f}x"
+            )
+    plot(rows, Path("reports/encoder.png"))
 
 
 if __name__ == "__main__":

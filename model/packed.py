@@ -10,6 +10,7 @@ so many tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
+
+LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +98,23 @@ def attend(
     queries: Tensor, keys: Tensor, values: Tensor, dropout: nn.Dropout, mask: Tensor | None = None
 ) -> Tensor:
     """Softmax attention of (.., Q, D/H) over (.., K, D/H); `mask` has no empty row."""
+    fused = queries.is_cuda or (queries.dtype != torch.bfloat16 and keys.shape[-2] >= LONG)
+    if fused and mask is None:
+        rate = dropout.p if dropout.training else 0.0
+        return nn.functional.scaled_dot_product_attention(queries, keys, values, dropout_p=rate)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return dropout(scores.softmax(dim=-1)) @ values
 
 
-def project(x: Tensor, *layers: Any) -> Tensor:
-    """Several linear maps of the same tokens as one product, side by side in the last axis."""
+def project(x: Tensor, *layers: Any) -> Sequence[Tensor]:
+    """Several linear maps of the same tokens: on a GPU as one product, on a CPU one by one, which is no slower."""
+    if not x.is_cuda:
+        return [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
-    return nn.functional.linear(x, weight, torch.cat([layer.bias for layer in layers]))
+    bias = torch.cat([layer.bias for layer in layers])
+    return nn.functional.linear(x, weight, bias).chunk(len(layers), dim=-1)
 
 
 def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
@@ -112,35 +122,32 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
     hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
 
-    # (M, .) and (P, .); the hyper-tokens' own, those that local-tokens read, and the query for H2L
-    of_hyper = project(hyper, query["h2h"], key["h2h"], key["l2h"], attention.value_hyper, query["h2l"])
-    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"])
-
+    # Of hyper-tokens what they need among themselves, what local-tokens read, and the query to local-tokens.
+    of_hyper = torch.stack(
+        project(hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]), dim=1
+    )
     batch, num_hyper = packing.hyper_row.shape
     dense = of_hyper.index_select(0, packing.hyper_row.flatten()).view(batch, num_hyper, 5, heads, -1)
-    queries, keys, _, values, _ = dense.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+    queries, keys, values = dense[:, :, :3].permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
     z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
     z_hyper = z_hyper.transpose(1, 2).flatten(2).flatten(0, 1)
 
     counts = [count for count, _ in packing.groups]
     read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper)  # (S, N, 2, H, D/H)
     asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
-    mask = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
+    reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
+    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"])
+    by_group = zip(*(part.split(packing.blocks) for part in of_local), strict=True)
     gathered, z_local = [], []
-    for block, of_hypers, ask, reads, (count, length) in zip(
-        of_local.split(packing.blocks),
-        read.split(counts),
-        asks.split(counts),
-        mask.split(counts),
-        packing.groups,
-        strict=True,
+    for parts, of_hypers, ask, mask, (count, length) in zip(
+        by_group, read.split(counts), asks.split(counts), reads.split(counts), packing.groups, strict=True
     ):
-        queries, keys, values, to_hyper, to_local = block.view(count, length, 5, heads, -1).permute(
-            2, 0, 3, 1, 4
+        queries, keys, values, to_hyper, to_local = (
+            part.view(count, length, heads, -1).transpose(1, 2) for part in parts
         )
-        keys_of_hyper, values_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
+        values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
         z = attend(queries, keys, values, dropout)
-        z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, reads)
+        z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
         gathered.append(attend(ask[:, :, None], to_local, values, dropout).flatten(1))  # (S, D)
     if gathered:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.encoder import Encoder
-from model.packed import pack, packed_encoder
+from model.packed import LONG, pack, packed_encoder
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
 
@@ -71,6 +71,19 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint):
         found.append((*real, *gradients))
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_long_segments_take_the_fused_kernel_to_the_same_numbers():
+    torch.manual_seed(0)
+    hyper_mask, segment = torch.ones(1, 2, dtype=torch.bool), torch.arange(LONG + 20)[None] // (LONG + 5)
+    encoder, hyper, local = Encoder(**SIZES).double(), torch.randn(1, 2, 8), torch.randn(1, LONG + 20, 8)
+    packing = pack(hyper_mask, segment)
+    assert packing.groups == ((1, 15), (1, LONG + 5))
+    want = encoder(hyper.double(), local.double(), hyper_mask, segment)
+    at = packing.local_at
+    got = packing.unpack(*packed_encoder(encoder, hyper[0].double(), local[0, at].double(), packing))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 def test_the_last_layer_may_leave_out_what_nobody_asks_for():
