@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline import mave, mepave, params, schema
+from pipeline import mave, mepave, params, schema, tables
 from pipeline.amazon import image_urls, root_category
 from pipeline.disk import atomically, write_json
 from pipeline.labels import NONE, Labels, Spool
@@ -35,10 +35,15 @@ class Settings(params.Settings):
     kind: Literal["sample", "mave", "mepave"]
     split: Split = Split()
     drop_sources: tuple[Literal["title", "description", "feature", "price", "brand"], ...] = ("brand",)
-    products_per_root: int | None = Field(
-        default=None, ge=1
-    )  # sampled from those with a positive and an image
-    negatives: mepave.Negatives = mepave.Negatives()
+    # The paper's choices that it does not tell, for kind mave; docs/design.md argues the defaults.
+    products_per_root: int | None = Field(default=None, ge=1)  # sampled from those with a positive
+    require_image: bool = True  # of a sampled product: an address
+    # root -> how many of its attributes stay, those with a value for most products; other roots keep all
+    attributes_per_root: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    max_negatives: int | None = Field(default=None, ge=0)  # of a product; None keeps all that are labelled
+    multi_value: Literal["all", "first"] = "all"  # which values of a question are asked for
+    instance: Literal["pairs", "values", "evidences"] = "evidences"  # what the metrics call an instance
+    negatives: mepave.Negatives = mepave.Negatives()  # for kind mepave
 
     @model_validator(mode="before")
     @classmethod
@@ -76,6 +81,7 @@ def mave_rows(source: Path, corpus: str, settings: Settings, tally: Tally) -> It
     """Rows in no particular order, not yet split, from labels/, metadata/ and roots/ below `source`."""
     files, pattern = _files(source / "labels"), schema.ID_PATTERNS[settings.kind]
     with Labels(files, tally, source.parent, pattern) as labels, _Roots(source, labels, tally) as roots:
+        frequent = _frequent(labels, roots, settings.attributes_per_root)
         to_join: dict[bytes, int] = {}
         for asin, product in labels.products.items():
             full = [number for number in labels.numbers(product) if labels.is_full(number)]
@@ -83,14 +89,18 @@ def mave_rows(source: Path, corpus: str, settings: Settings, tally: Tally) -> It
                 tally.add("in no root", asin.decode())
             elif not full:
                 to_join[asin] = product
-            elif row := _full_row(_merged(labels, full, tally), roots.of(product), corpus, settings, tally):
-                yield row
+            else:
+                label = _merged(labels, full, tally)
+                row = _full_row(label, roots.of(product), corpus, settings, tally)
+                if row and _choose(row, frequent, settings, tally):
+                    yield row
             if full and len(full) < sum(1 for _ in labels.numbers(product)):
                 tally.add("repeated label", asin.decode())
         for record in mave.records(_files(source / "metadata"), to_join, tally) if to_join else ():
             label = _merged(labels, list(labels.numbers(record.product)), tally)
             root = roots.of(record.product) or (root_category(record.metadata), image_urls(record.metadata))
-            if row := _row(label, record.paragraphs, root, corpus, settings, tally):
+            row = _row(label, record.paragraphs, root, corpus, settings, tally)
+            if row and _choose(row, frequent, settings, tally):
                 yield row
 
 
@@ -180,6 +190,61 @@ class _Roots:
         for reason in sorted(here.counts.keys() - {"no metadata", "metadata without label"}):
             where = here.examples.get(reason, [path.name])[0]
             tally.add(f"roots: {reason}", where, here.counts[reason])
+
+
+def _frequent(labels: Labels, roots: _Roots, limits: Mapping[str, int]) -> dict[str, frozenset[str]]:
+    """root -> the attributes that most of its products have a value of, as labelled; ties by name."""
+    if not limits:
+        return {}
+    counts: dict[str, Counter[str]] = {root: Counter() for root in limits}
+    for product in range(len(labels.products)):
+        root = roots.of(product)
+        if root is None:
+            raise ValueError("products.attributes_per_root needs the corpus's `roots`")
+        if root[0] in counts:
+            counts[root[0]].update(_positive_keys(labels, product))
+    return {
+        root: frozenset(sorted(count, key=lambda key: (-count[key], key))[: limits[root]])
+        for root, count in counts.items()
+    }
+
+
+def _positive_keys(labels: Labels, product: int) -> set[str]:
+    return {
+        entry["key"]
+        for number in labels.numbers(product)
+        for entry in labels.label(number).row["attributes"]
+        if isinstance(entry, dict)
+        and isinstance(entry.get("key"), str)
+        and (entry.get("evidences") or entry.get("values"))
+    }
+
+
+def _choose(
+    row: dict[str, Any], frequent: Mapping[str, frozenset[str]], settings: Settings, tally: Tally
+) -> bool:
+    """Apply the settings that cut attributes, negatives and values; whether any attribute is left."""
+    kept = frequent.get(row["root_category"])
+    chosen = [one for one in row["attributes"] if kept is None or one["key"] in kept]
+    cut = Counter({"attribute not among its root's most frequent": len(row["attributes"]) - len(chosen)})
+    if settings.max_negatives is not None:
+        negatives = [one["key"] for one in chosen if not one["values"]]
+        negatives.sort(key=lambda key: rank(settings.split.seed, f"{row['item']}\0{key}"))
+        surplus = set(negatives[settings.max_negatives :])
+        chosen = [one for one in chosen if one["key"] not in surplus]
+        cut["negative beyond max_negatives"] = len(surplus)
+    if settings.multi_value == "first":
+        for one in chosen:
+            cut["value beyond the first"] += len(one["values"][1:])
+            one["values"], one["origins"] = one["values"][:1], one["origins"][:1]
+            known = {_folded(value) for value in one["values"]}
+            one["evidences"] = [span for span in one["evidences"] if _folded(span["value"]) in known]
+    for reason, count in (+cut).items():
+        tally.add(reason, count=count)
+    row["attributes"] = chosen
+    if not chosen:
+        tally.add("no attribute left", row["item"])
+    return bool(chosen)
 
 
 def _row(
@@ -375,7 +440,9 @@ def _sampled(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterator[dic
         return
     chosen: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
     for row in rows:
-        if not row["image_urls"] or not any(attribute["values"] for attribute in row["attributes"]):
+        if settings.require_image and not row["image_urls"]:
+            continue
+        if not any(attribute["values"] for attribute in row["attributes"]):
             continue
         heap = chosen.setdefault(row["root_category"], [])
         lowest_last = -int.from_bytes(rank(settings.split.seed, row["item"]), "big")
@@ -406,7 +473,7 @@ def _question(row: dict[str, Any], attribute: dict[str, Any]) -> str:
     return f"{row['item']}\0{attribute['key']}"
 
 
-def summary(rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], settings: Settings, tally: Tally) -> dict[str, Any]:
     """What metrics/CORPUS/products.json says."""
     questions = [(row, attribute) for row in rows for attribute in row["attributes"]]
     splits: dict[str, Any] = {}
@@ -424,6 +491,9 @@ def summary(rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
         "questions": len(questions),
         "attributes": len({attribute["key"] for _, attribute in questions}),
         "splits": splits,
+        "tables": tables.table_4(rows)
+        if settings.kind == "mepave"
+        else tables.table_5(rows, settings.instance),
         "counted": tally.report(),
     }
 
@@ -435,7 +505,7 @@ def run(corpus: str) -> None:
     rows = build(Path("data") / corpus / "source", corpus, settings, tally)
     with atomically(Path("data") / corpus / "products.parquet") as temporary:
         schema.write_parquet(rows, schema.PRODUCTS, temporary)
-    write_json(summary(rows, tally), Path("metrics") / corpus / "products.json")
+    write_json(summary(rows, settings, tally), Path("metrics") / corpus / "products.json")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED_DATA
 
-from pipeline import mepave, products
+from pipeline import mepave, products, tables
 from pipeline.split import Split
 from pipeline.tally import Tally
 
@@ -88,6 +88,21 @@ def test_rows_carry_gold_negatives_and_the_files_own_split(tmp_path: Path) -> No
     assert tally.examples["cid in several splits"] == ["c_1"]
 
 
+def test_products_that_splits_share_and_what_table_4_needs_are_counted(tmp_path: Path) -> None:
+    release(tmp_path, valid="c_2\ts_2\t绿裤\t<颜色>绿</颜色>裤", test="c_1\ts_3\t无\t无\nc_1\ts_4\t红\t红")
+    settings = products.Settings(kind="mepave")
+    rows = products.build(tmp_path, "mepave", settings, Tally())
+    counted = products.summary(rows, settings, Tally())["tables"]
+    total = counted["Total"]
+    assert (total["products"], total["instances"], total["attributes"], total["values"]) == (2, 4, 1, 2)
+    assert total["paper"] == {"products": 34041, "instances": 87194, "attributes": 26, "values": 2129}
+    shared = {"train and validation": 0, "train and test": 1, "validation and test": 0}
+    assert counted["products in two splits"] == shared
+    assert counted["sentences of a training product"] == {"validation": 0, "test": 2}
+    assert counted["vocabulary"] == {"characters": 10, "with special words": 14, "paper": 2772}
+    assert "no category" in counted["by category"]
+
+
 def test_a_split_of_ones_own_keeps_the_sentences_of_a_product_together(tmp_path: Path) -> None:
     rows = "\n".join(f"c_{i // 3}\ts_{i}\t红\t<颜色>红</颜色>" for i in range(60))
     settings = products.Settings(kind="mepave", split=Split(fractions=(0.5, 0.2, 0.3)))
@@ -123,6 +138,19 @@ def test_the_public_sample_comes_out_byte_for_byte(tmp_path: Path, split: str) -
     expected = {path.name: path.read_bytes() for path in (SAMPLE / "expected" / split).iterdir()}
     assert len(expected) == 4
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+@pytest.mark.shared_data
+@here
+def test_the_published_vocabulary_and_two_more_words_are_the_papers(tmp_path: Path) -> None:
+    """The paper's 2,772 are JAVE's list, padding and unknown included, and the two ends of an output."""
+    words = (SAMPLE / "vocab.word").read_text(encoding="utf-8").split("\n")
+    words = words[:-1] if not words[-1] else words
+    assert words[:2] == ["[PAD]", "[UNK]"]
+    assert all(len(word) == 1 and word == word.lower() for word in words[2:])
+    assert len(words) - 2 + tables.SPECIAL_WORDS == tables.MEPAVE_VOCABULARY
+    rows = products.build(SAMPLE, "mepave", products.Settings(kind="mepave"), Tally())
+    assert set("".join(row["title"] for row in rows)) <= set(words)
 
 
 @pytest.mark.shared_data

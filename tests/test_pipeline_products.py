@@ -344,6 +344,67 @@ def test_products_per_root_takes_the_same_ones_in_any_order(tmp_path: Path) -> N
     assert Counter(row["root_category"] for row in chosen[0]) == {"A": 7, "B": 3}
 
 
+def test_attributes_are_cut_to_the_most_frequent_of_each_root(tmp_path: Path) -> None:
+    labels = [
+        label(RED, attribute("Mug"), asin="B000000000", paragraphs=None),
+        label(RED, attribute("Kind", span("mug", 0, 4)), asin="B000000001", paragraphs=None),
+        label(attribute("Kind", span("mug", 0, 4)), asin="B000000002", paragraphs=None),
+        label(RED, attribute("Size"), asin="B000000003", paragraphs=None),
+    ]
+    folder = source(tmp_path, *labels, metadata=lines(4), roots={"Toys": lines(3), "Zoo": lines(4)[3:]})
+    tally = Tally()
+    rows = products.build(folder, "mine", Settings(kind="mave", attributes_per_root={"Toys": 1}), tally)
+    keys = {row["item"][-1]: [one["key"] for one in row["attributes"]] for row in rows}
+    assert keys == {"0": ["Color"], "1": ["Color"], "3": ["Color", "Size"]}  # a tie goes by name
+    assert tally.counts["attribute not among its root's most frequent"] == 3
+    assert tally.examples["no attribute left"] == ["B000000002"]
+    with pytest.raises(ValueError, match="attributes_per_root needs the corpus's `roots`"):
+        built(tmp_path / "bare", label(RED), attributes_per_root={"Toys": 1})
+
+
+def test_negatives_and_further_values_are_cut_where_asked_for(tmp_path: Path) -> None:
+    two = attribute("Color", span("mug", 0, 4), span("Red", 0, 0))
+    negatives = [attribute(f"N{i}") for i in range(5)]
+    rows, tally = built(tmp_path, label(two, *negatives), max_negatives=2, multi_value="first")
+    first, *others = rows[0]["attributes"]
+    assert (first["values"], [one["begin"] for one in first["evidences"]]) == (["mug"], [4])
+    assert len(others) == 2
+    assert (tally.counts["negative beyond max_negatives"], tally.counts["value beyond the first"]) == (3, 1)
+    rows, tally = built(tmp_path / "all", label(two, *negatives))
+    assert rows[0]["attributes"][0]["values"] == ["mug", "Red"]
+    assert len(rows[0]["attributes"]) == 6
+
+
+def test_a_product_without_image_may_be_sampled_where_none_is_required(tmp_path: Path) -> None:
+    found = label(RED)
+    assert len(built(tmp_path / "a", found, products_per_root=5, require_image=False)[0]) == 1
+    with pytest.raises(ValueError, match="no product is left"):
+        built(tmp_path / "b", found, products_per_root=5)
+
+
+def test_instances_are_counted_in_all_three_readings_beside_the_papers(tmp_path: Path) -> None:
+    text = ("Red mug, red and blue", "title")
+    color = attribute("Color", span("Red", 0, 0), span("red", 0, 9), span("blue", 0, 17))
+    labels = [label(color, RED, attribute("Size"), paragraphs=[text], main_cat="Books")]
+    labels += [label(RED, asin="B000000002", main_cat="Zoo")]
+    for instance, total in (("pairs", 2), ("values", 3), ("evidences", 4)):
+        settings = Settings(kind="mave", instance=instance)
+        rows = products.build(source(tmp_path / instance, *labels), "mine", settings, Tally())
+        counted = products.summary(rows, settings, Tally())["tables"]
+        assert counted["Total"]["instances"] == total
+        assert counted["Total"]["instances by reading"] == {"pairs": 2, "values": 3, "evidences": 4}
+    assert counted["Books"] == {
+        "products": 1,
+        "instances": 3,
+        "instances by reading": {"pairs": 1, "values": 2, "evidences": 3},
+        "negatives": 1,
+        "attributes": 1,
+        "values": 2,
+        "paper": {"products": 4000, "instances": 12700, "attributes": 9, "values": 800},
+    }
+    assert "paper" not in counted["Zoo"]
+
+
 def test_products_without_image_or_positive_are_not_sampled(tmp_path: Path) -> None:
     labels = [*many(2), label(attribute("Size"), asin="B000000002", paragraphs=None)]
     metadata = [lines(1)[0], {**lines(2)[1], "imageURL": []}, {**lines(3)[2]}]
