@@ -6,7 +6,7 @@ Offsets hold for the pinned bs4 and Python only: both decide what a stray `<` me
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.schema import TEXT_SOURCES
@@ -14,6 +14,7 @@ from pipeline.tally import Tally
 
 COLON_SIGNS = ("javascript:", "background-color:", "background-image:", " li:")
 BLANK = "nothing but markup or blanks"
+NOTHING: list[str] = []
 CSS_SHARE = 0.3
 CSS_TOKENS = 20
 # Elements that hide no text and have no rules of their own in the parser (an end tag of br, hr, img has one).
@@ -36,15 +37,19 @@ def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tu
     """
     tally = tally or Tally()
     unmarked = []
-    for raw, source in _raw_paragraphs(record, tally):
-        text, reason = _unmarked(raw, source)
-        if reason:
-            tally.add(f"paragraph: {reason}")
-        else:
+    for source in TEXT_SOURCES:
+        for raw in _texts(record.get(source, NOTHING), source, tally):
+            if "<" in raw or "&" in raw or source == "title":
+                text, reason = _unmarked(raw, source)
+                if reason:
+                    tally.add(f"paragraph: {reason}")
+                    continue
+            else:
+                text = raw
             unmarked.append((text, source))
     # All together first: looked at as one text, nearly every record needs nothing more.
-    whole = "| ".join(["", *(text for text, _ in unmarked)])
-    if whole.isprintable() and "  " not in whole and not is_html(whole) and _max_css(whole) <= CSS_TOKENS:
+    whole = "| ".join(["", *[text for text, _ in unmarked]])
+    if _has_single_blanks(whole) and not is_html(whole) and _max_css(whole) <= CSS_TOKENS:
         return unmarked
     kept = []
     for text, source in unmarked:
@@ -138,7 +143,7 @@ def without_markup(html: str) -> str:
 
 def is_html(text: str) -> bool:
     """Whether one of the six signs of markup or script is left in the text."""
-    if "<a href" in text or ".aloha" in text:
+    if ("<" in text and "<a href" in text) or ".aloha" in text:
         return True
     return ":" in text and any(sign in text for sign in COLON_SIGNS)
 
@@ -157,17 +162,43 @@ def is_css(text: str) -> bool:
 def _max_css(text: str) -> int:
     """How many tokens may look like CSS at most, counted without taking the text apart."""
     count = text.count
-    return 1 + count(" .") + count(" #") + count(" div") + count("px") + count("-") // 2
+    at_most = 1 + count(".") + count("#") + count(" div") + count("px") + count("-") // 2
+    if at_most > CSS_TOKENS:
+        at_most += count(" .") - count(".") + count(" #") - count("#")
+    return at_most
 
 
-def _raw_paragraphs(record: Mapping[str, Any], tally: Tally) -> Iterator[tuple[str, str]]:
-    for source in TEXT_SOURCES:
-        data = record.get(source, [])
-        if not isinstance(data, str | list):
-            tally.add(f"paragraph: {source} is neither text nor list")
-            continue
-        for text in [data] if isinstance(data, str) else data:
-            if not isinstance(text, str):
-                tally.add(f"paragraph: {source} holds something that is no text")
-            elif stripped := text.strip():
-                yield stripped, source
+def _has_single_blanks(text: str) -> bool:
+    """Whether `split` and `join` would change nothing; False also where a character cannot be printed."""
+    if not text.isascii():
+        return text.isprintable() and "  " not in text
+    return not (
+        "\n" in text
+        or "\t" in text
+        or "\r" in text
+        or "\v" in text
+        or "\f" in text
+        or "\x1c" in text
+        or "\x1d" in text
+        or "\x1e" in text
+        or "\x1f" in text
+        or "  " in text
+    )
+
+
+def _texts(data: Any, source: str, tally: Tally) -> list[str]:
+    """The texts of one field, stripped, without blank ones."""
+    if isinstance(data, str):
+        data = [data]
+    elif not isinstance(data, list):
+        tally.add(f"paragraph: {source} is neither text nor list")
+        return []
+    try:
+        return [stripped for text in data if (stripped := text.strip())]
+    except AttributeError:  # something that is no text among them
+        pass
+    tally.add(
+        f"paragraph: {source} holds something that is no text",
+        count=sum(not isinstance(text, str) for text in data),
+    )
+    return [stripped for text in data if isinstance(text, str) and (stripped := text.strip())]

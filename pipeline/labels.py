@@ -5,7 +5,6 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,7 @@ from pipeline.tally import Tally
 
 NONE = -1
 BLOCK_BYTES = 32 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """One label line; `number` counts the usable ones from 0."""
-
-    number: int
-    where: str
-    row: dict[str, Any]
+UNCOUNTED = Tally()
 
 
 class Spool:
@@ -94,11 +85,13 @@ class Labels:
             yield number
             number = self._next[number]
 
-    def label(self, number: int) -> Label:
-        where = f"{self.paths[self._file[number]].name}:{self._place[number]}"
-        row = lines.parse(self._lines.get(number), where, Tally())
+    def label(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] | None = lines.parse(self._lines.get(number), "", UNCOUNTED)
         assert row is not None, "it was parsed when it was indexed"
-        return Label(number, where, row)
+        return row
+
+    def where(self, number: int) -> str:
+        return f"{self.paths[self._file[number]].name}:{self._place[number]}"
 
     def is_full(self, number: int) -> bool:
         """Whether the line carries its own `paragraphs` and needs no metadata."""

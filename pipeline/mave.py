@@ -109,12 +109,12 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
         places = array("l", [NONE]) * len(labels)  # in `made`, by label line
         for number in filter(labels.is_full, range(len(labels))):
             label = labels.label(number)
-            places[number] = made.add(_full_line(label.row, label.row["paragraphs"]))
+            places[number] = made.add(_full_line(label, label["paragraphs"]))
         for record in records(metadata, labels.without_text(), tally):
             paragraphs = [{"text": text, "source": source} for text, source in record.paragraphs]
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):
-                    places[number] = made.add(_full_line(labels.label(number).row, paragraphs))
+                    places[number] = made.add(_full_line(labels.label(number), paragraphs))
         with atomically(output) as temporary, temporary.open("wb") as file:
             for asin in sorted(labels.products):
                 for number in labels.numbers(labels.products[asin]):

@@ -110,12 +110,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _merged(labels: Labels, numbers: list[int], tally: Tally) -> dict[str, Any]:
     """Positives and negatives of one product stand in two files: unite their attributes."""
-    first = labels.label(numbers[0]).row
+    first = labels.label(numbers[0])
     for number in numbers[1:]:
         other = labels.label(number)
-        if other.row["category"] != first["category"]:
-            tally.add("two categories of one product", other.where)
-        first["attributes"] += other.row["attributes"]
+        if other["category"] != first["category"]:
+            tally.add("two categories of one product", labels.where(number))
+        first["attributes"] += other["attributes"]
     return first
 
 
@@ -213,7 +213,7 @@ def _positive_keys(labels: Labels, product: int) -> set[str]:
     return {
         entry["key"]
         for number in labels.numbers(product)
-        for entry in labels.label(number).row["attributes"]
+        for entry in labels.label(number)["attributes"]
         if isinstance(entry, dict)
         and isinstance(entry.get("key"), str)
         and (entry.get("evidences") or entry.get("values"))

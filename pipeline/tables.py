@@ -1,7 +1,7 @@
 """What a corpus holds, counted as the paper's Tables 4 and 5 count it, with their numbers beside ours.
 
 What the paper calls an instance is open (docs/design.md). Three readings are always counted: `pairs` of
-product and attribute with a value, `values` (the distinct ones of each pair), `evidences` (places in the text).
+product and attribute with a value, `values` (distinct ones of each pair), `evidences` (places in the text).
 """
 
 from collections import Counter, defaultdict

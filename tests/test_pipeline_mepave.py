@@ -99,7 +99,7 @@ def test_products_that_splits_share_and_what_table_4_needs_are_counted(tmp_path:
     shared = {"train and validation": 0, "train and test": 1, "validation and test": 0}
     assert counted["products in two splits"] == shared
     assert counted["sentences of a training product"] == {"validation": 0, "test": 2}
-    assert counted["vocabulary"] == {"characters": 10, "with special words": 14, "paper": 2772}
+    assert counted["vocabulary"] == {"characters": 9, "with special words": 13, "paper": 2772}
     assert "no category" in counted["by category"]
 
 
