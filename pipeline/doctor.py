@@ -1,9 +1,9 @@
 """What is wrong with a workspace, and what to do about it.
 
     python -m pipeline.doctor           one line per problem; exit code 1 where there is one
-    python -m pipeline.doctor --clear   also clear what may be cleared: broken locks and remains of killed runs
+    python -m pipeline.doctor --clear   also clear what may be cleared: broken locks, remains of killed runs
 
-Nothing that somebody made is ever cleared: data, caches and shards are named, with the command that mends them.
+Nothing that somebody made is ever cleared: data, caches and shards are named, with what mends them.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from typing import Any
 from pipeline.disk import RESERVE_BYTES
 from pipeline.download import check_is_data
 
-RWLOCK = Path(".dvc/tmp/rwlock")
-DVC_LOCK = Path(".dvc/tmp/lock")
+RWLOCK = Path(".dvc", "tmp", "rwlock")
+DVC_LOCK = RWLOCK.with_name("lock")
 STAGE_LOCKS = Path(".cache/locks")
 SHARDED = ("images", "ocr", "regions")
 PAIR = """
@@ -45,7 +45,7 @@ def examine() -> Iterator[Problem]:
 
 
 def broken_lock() -> Iterator[Problem]:
-    """A `dvc` that was killed while it wrote .dvc/tmp/rwlock blocks every later one."""
+    """A `dvc` that was killed while it wrote its lock blocks every later one."""
     if not RWLOCK.is_file():
         return
     try:

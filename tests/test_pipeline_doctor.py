@@ -41,14 +41,14 @@ def test_what_breaks_a_dvc_workspace_is_named_and_the_lock_is_cleared(
     monkeypatch.chdir(made.folder)
     assert not told()
 
-    Path(".dvc/tmp/rwlock").write_text('{"/somewhere": {"wri')
+    doctor.RWLOCK.write_text('{"/somewhere": {"wri')
     assert made.run("dvc", "repro", check=False).returncode != 0
-    assert told() == [".dvc/tmp/rwlock is cut short and blocks every dvc command: delete it"]
+    assert told() == [f"{doctor.RWLOCK} is cut short and blocks every dvc command: delete it"]
     monkeypatch.setattr(doctor, "wheels", lambda: [])
     assert doctor.report(clear=False) == 1
     assert "delete it; --clear does it\n1 problems are left" in capsys.readouterr().out
     assert doctor.report(clear=True) == 0
-    assert "cleared: .dvc/tmp/rwlock is cut short" in capsys.readouterr().out
+    assert f"cleared: {doctor.RWLOCK} is cut short" in capsys.readouterr().out
     made.run("dvc", "repro")
 
     lost = next(
