@@ -35,14 +35,14 @@ def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tu
     A record without a `title` among them is no product (see `has_title`). Dropped paragraphs are
     counted in `tally` as `paragraph: reason`.
     """
-    tally = tally or Tally()
+    tally, where = tally or Tally(), str(record.get("asin"))
     unmarked = []
     for source in TEXT_SOURCES:
         for raw in _texts(record.get(source, NOTHING), source, tally):
             if "<" in raw or "&" in raw or source == "title":
                 text, reason = _unmarked(raw, source)
                 if reason:
-                    tally.add(f"paragraph: {reason}")
+                    tally.add(f"paragraph: {reason}", where)
                     continue
             else:
                 text = raw
@@ -55,7 +55,7 @@ def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tu
     for text, source in unmarked:
         text, reason = _finished(text)
         if reason:
-            tally.add(f"paragraph: {reason}")
+            tally.add(f"paragraph: {reason}", where)
         else:
             kept.append((text, source))
     return kept

@@ -152,8 +152,8 @@ def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
 class _Roots:
     """Root and image URLs of labelled products, by membership in the metadata files below roots/.
 
-    An asin in several files belongs to the alphabetically first. Without such files every product is in,
-    and `of` is None. The URLs lie on disk.
+    An asin in several files belongs to the alphabetically first. Without such files every product is in.
+    The URLs lie on disk.
     """
 
     def __init__(self, source: Path, labels: Labels, tally: Tally) -> None:
@@ -174,6 +174,7 @@ class _Roots:
         return not self._names or self._root[product] != NONE
 
     def of(self, product: int) -> Root | None:
+        """None where there are no such files; else for a product that is in one."""
         if not self._names:
             return None
         return self._names[self._root[product]], json.loads(self._urls.get(self._place[product]))
@@ -197,7 +198,7 @@ def _frequent(labels: Labels, roots: _Roots, limits: Mapping[str, int]) -> dict[
     if not limits:
         return {}
     counts: dict[str, Counter[str]] = {root: Counter() for root in limits}
-    for product in range(len(labels.products)):
+    for product in filter(roots.__contains__, range(len(labels.products))):
         root = roots.of(product)
         if root is None:
             raise ValueError("products.attributes_per_root needs the corpus's `roots`")
@@ -395,7 +396,7 @@ def without_sources(
         ]
         num_leaks = len(attribute.evidences) - len(spans)
         if num_leaks:
-            tally.add("span: in a dropped source", count=num_leaks)
+            tally.add("span: in a dropped source", f"{asin}: {attribute.key}", num_leaks)
         if num_leaks and not spans and not attribute.values:
             tally.add("attribute only in a dropped source", f"{asin}: {attribute.key}")
             continue

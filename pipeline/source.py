@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline import mepave, params, progress, sample
 from pipeline.disk import atomically, check_room, sha256_of, sync_folder
@@ -69,15 +69,6 @@ class Mave(params.Settings):
     labels: tuple[File, ...] = Field(min_length=1)
     metadata: tuple[File, ...] = ()
     roots: dict[RootName, File] = Field(default_factory=dict)
-    plain_http: tuple[str, ...] = ()  # loopback `host:port` that may be asked without TLS
-
-    @field_validator("plain_http")
-    @classmethod
-    def _loopback(cls, places: tuple[str, ...]) -> tuple[str, ...]:
-        for place in places:
-            if not is_loopback(place):
-                raise ValueError(f"plain_http takes a loopback host:port only, got {place!r}")
-        return places
 
     @model_validator(mode="after")
     def _addresses(self) -> "Mave":
@@ -86,8 +77,10 @@ class Mave(params.Settings):
                 if url is None or url.startswith("https://"):
                     continue
                 parts = urlsplit(url)
-                if parts.scheme != "http" or parts.netloc not in self.plain_http:
-                    raise ValueError(f"an address must be https, got {url!r}")
+                if parts.scheme != "http" or not is_loopback(parts.netloc):
+                    raise ValueError(
+                        f"an address must be https, got {url!r} (http on a loopback host:port only)"
+                    )
         return self
 
 
@@ -152,17 +145,18 @@ def bring(settings: params.Settings, corpus: str, folder: Path) -> None:
         if one.file.path is not None:
             copy(Path(one.file.path), target, sha256=one.file.sha256, size=one.file.size)
         else:
-            link_or_copy(download(one, settings, corpus), target, one.file.sha256)
+            link_or_copy(download(one, corpus), target, one.file.sha256)
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
     sync_folder(folder.parent)
 
 
-def download(one: Wanted, settings: params.Settings, corpus: str) -> Path:
+def download(one: Wanted, corpus: str) -> Path:
     """The downloaded file in the cache. Raises `ValueError` that names the address and what is wrong."""
-    file, plain_http = one.file, settings.plain_http if isinstance(settings, Mave) else ()
+    file = one.file
     urls = [url for url in (file.url, *file.mirrors) if url]
+    plain_http = [place for place in (urlsplit(url).netloc for url in urls) if is_loopback(place)]
     try:
         return Download(urls=urls, sha256=file.sha256, size=file.size, plain_http=plain_http).fetch()
     except ValueError as error:
@@ -237,7 +231,7 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     for one in wanted(settings):
         if one.file.url is not None and one.file.sha256 is not None:
             continue
-        local = Path(one.file.path) if one.file.path is not None else download(one, settings, corpus)
+        local = Path(one.file.path) if one.file.path is not None else download(one, corpus)
         if not local.is_file():
             raise ValueError(f"{local} is not a file: put it there, or correct the path in {path}")
         check_local(local)

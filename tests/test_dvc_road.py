@@ -15,6 +15,8 @@ import pytest
 from conftest import SHARED_DATA, Workspace, copy_project, new_workspace
 from ruamel.yaml import YAML
 
+from benchmarks import rehearsal
+
 pytestmark = pytest.mark.timeout(900)
 DATA_STAGES = ("config", "source", "products", "images", "ocr", "regions")
 TINY = {
@@ -194,3 +196,26 @@ def test_a_dozen_real_pack_shots_go_the_whole_road_as_the_readme_says(tmp_path: 
     assert sum(split["products"] for split in sizes.values()) == 12
     ocr = json.loads((workspace.folder / "metrics/packshots/ocr.json").read_text())
     assert ocr["status"].get("ok", 0) >= 8
+
+
+def test_mave_goes_from_urls_to_products_and_pictures_with_only_places_and_pins_changed(
+    tmp_path: Path,
+) -> None:
+    workspace = new_workspace(tmp_path / "mave")
+    copy_project(workspace.folder)
+    found = rehearsal.rehearse(workspace.folder, tmp_path / "files", num_lines=400, labelled=0.5)
+    rows = pq.read_table(workspace.folder / "data/mave/products.parquet").to_pylist()
+    assert found["products"]["products"] == len(rows) > 80
+    assert len({row["root_category"] for row in rows}) == 8
+    for row in rows:
+        assert [url for url in row["image_urls"] if "._SS40_" not in url]
+        for attribute in row["attributes"]:
+            for span in attribute["evidences"]:
+                text = row["paragraphs"][span["paragraph"]]["text"]
+                assert text[span["begin"] : span["end"]] == span["value"]
+    counted = found["products"]["counted"]
+    assert {"span: text differs", "in no root", "metadata without label"} <= counted.keys()
+    status = found["images"]["status"]
+    assert found["images"]["rows"] == len(rows)
+    assert status["ok"] > 60
+    assert set(status) == {"ok", "not_found", "truncated"}

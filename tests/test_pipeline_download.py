@@ -336,6 +336,15 @@ def test_every_fault_ends_with_its_name_in_time_and_nothing_partial_has_a_final_
     assert named == ([PIN] if FAULTS[path] is None else [])
 
 
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    with serving({"data": DATA}) as server:
+        urls = [server.url("429/data?n=1&retry_after=1")]
+        patience = Patience(first_wait_s=0.001, max_wait_s=5)
+        start = time.monotonic()
+        Download(urls=urls, sha256=PIN, plain_http=[server.place], cache=tmp_path, patience=patience).fetch()
+        assert 1 <= time.monotonic() - start < 4
+
+
 def test_an_endless_body_without_any_pin_stops_before_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

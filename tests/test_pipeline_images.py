@@ -558,13 +558,14 @@ def test_only_what_failed_for_now_is_asked_for_again(corpus):
     with serving(FILES) as server:
         urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
         urls["C000000001"] = [server.url("500/0.jpg?n=1")]
-        settings = {"hosts": [server.place], "shard_size": 64, "attempts": 1}
+        settings = {"hosts": [server.place], "shard_size": 64, "attempts": 1, "concurrency": 4}
         with pytest.raises(ValueError, match=r"1 of 25 rows failed for now"):
             corpus(urls, **settings)
         rows = corpus(urls, **settings)
         assert {row["status"] for row in rows.values()} == {"ok"}
         assert all(server.hits[name] == 1 for name in FILES), "a picture that was had was fetched again"
         assert server.hits["500/0.jpg?n=1"] == 2
+        assert server.connections <= 4 + 1, "connections are not kept alive"
     assert not [path for path in Path(".cache/pictures").rglob("*") if path.is_file()]
 
 

@@ -350,14 +350,16 @@ def test_attributes_are_cut_to_the_most_frequent_of_each_root(tmp_path: Path) ->
         label(RED, attribute("Kind", span("mug", 0, 4)), asin="B000000001", paragraphs=None),
         label(attribute("Kind", span("mug", 0, 4)), asin="B000000002", paragraphs=None),
         label(RED, attribute("Size"), asin="B000000003", paragraphs=None),
+        label(attribute("Kind", span("mug", 0, 4)), asin="B000000004", paragraphs=None),
     ]
-    folder = source(tmp_path, *labels, metadata=lines(4), roots={"Toys": lines(3), "Zoo": lines(4)[3:]})
+    folder = source(tmp_path, *labels, metadata=lines(5), roots={"Toys": lines(3), "Zoo": lines(4)[3:]})
     tally = Tally()
     rows = products.build(folder, "mine", Settings(kind="mave", attributes_per_root={"Toys": 1}), tally)
     keys = {row["item"][-1]: [one["key"] for one in row["attributes"]] for row in rows}
     assert keys == {"0": ["Color"], "1": ["Color"], "3": ["Color", "Size"]}  # a tie goes by name
     assert tally.counts["attribute not among its root's most frequent"] == 3
     assert tally.examples["no attribute left"] == ["B000000002"]
+    assert tally.examples["in no root"] == ["B000000004"]
     with pytest.raises(ValueError, match="attributes_per_root needs the corpus's `roots`"):
         built(tmp_path / "bare", label(RED), attributes_per_root={"Toys": 1})
 

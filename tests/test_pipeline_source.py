@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from misbehaving import serving
 from pydantic import ValidationError
 
 from pipeline import params, source
@@ -125,8 +126,8 @@ def test_mepave_takes_its_three_files_with_a_pin_each(here: Path) -> None:
         ({"labels": [{"url": "http://a/b"}]}, "must be https, got 'http://a/b'"),
         ({"labels": [{"url": "file:///a/b"}]}, "must be https"),
         ({"labels": [{"url": "https://a/b", "mirrors": ["ftp://a/b"]}]}, "must be https, got 'ftp://a/b'"),
-        ({"labels": [{"path": "a"}], "plain_http": ["example.org:80"]}, "loopback host:port only"),
-        ({"labels": [{"path": "a"}], "plain_http": ["127.0.0.1"]}, "loopback host:port only"),
+        ({"labels": [{"url": "http://example.org:80/b"}]}, "http on a loopback host:port only"),
+        ({"labels": [{"url": "http://127.0.0.1/b"}]}, "http on a loopback host:port only"),
         ({"labels": [{"path": "a"}], "roots": {"../x": {"path": "a"}}}, "should match pattern"),
     ],
 )
@@ -167,6 +168,18 @@ def test_the_stage_fails_with_one_clear_line(here: Path) -> None:
             Path("config/mine/source.json").write_text(json.dumps(given))
         with pytest.raises(ValueError, match=message):
             source.load("mine")
+
+
+def test_a_file_that_cannot_be_had_says_where_to_ask_and_where_to_put_it(here: Path) -> None:
+    with serving({"labels.jsonl": LINE}) as server:
+        labels = {"url": server.url("labels.jsonl"), "sha256": PIN}
+        metadata = {"url": server.url("403"), "sha256": "0" * 64}
+        with pytest.raises(ValueError, match="HTTP 403") as failed:
+            bring(mave(labels, metadata=[metadata]))
+    told = str(failed.value)
+    assert "ask for Amazon's metadata with the form" in told
+    assert "put the file at raw/mine/403 by hand and name it in params.yaml: corpora.mine.metadata.0" in told
+    assert not Path("data/mine/source").exists()
 
 
 # Pins

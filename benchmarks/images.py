@@ -1,0 +1,179 @@
+"""Images by URL beside img2dataset: the same loopback server, one process and 16 requests at a time each.
+
+Both keep the bytes as they came and decode every picture to see that it is whole. Each runs twice, with few
+and with many pictures; the difference leaves start-up out.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from pipeline import schema, shards
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
+FEW, MANY = 64, 1088
+CONCURRENCY = 16
+SIDE_PX, DISTINCT = 800, 32
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    cpu_s: float
+    peak_mib: float
+
+
+def pictures() -> list[bytes]:
+    """Like pack shots: a product of soft noise on white, some 100 kB of JPEG."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(DISTINCT):
+        noise = rng.integers(0, 256, (SIDE_PX // 2, SIDE_PX // 2, 3), dtype=np.uint8)
+        product = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1.2))
+        image = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
+        image.paste(product, (SIDE_PX // 4, SIDE_PX // 4))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=92)
+        made.append(file.getvalue())
+    return made
+
+
+def serve(files: list[bytes], told: Connection) -> None:
+    """`/NUMBER.jpg`, connections kept alive; a process of its own."""
+    heads = [
+        f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        for data in files
+    ]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                number = int(request[5 : request.index(b".jpg")]) % len(files)
+                writer.write(heads[number] + files[number])
+                await writer.drain()
+                if b"connection: close" in request.lower():
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        writer.close()
+
+    async def forever() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
+        told.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(forever())
+
+
+def run(command: list[str], folder: Path, **environment: str) -> Run:
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command[:3]} failed:\n{errors[-3000:]}")
+    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def ours(folder: Path, urls: list[str], place: str, files: list[bytes]) -> Run:
+    asins = [f"B{number:09d}" for number in range(len(urls))]
+    rows = [
+        {**dict.fromkeys(schema.PRODUCTS.names), "item": asin, "asin": asin, "image_urls": [url]}
+        for asin, url in zip(asins, urls, strict=True)
+    ]
+    (folder / "data/toy").mkdir(parents=True)
+    (folder / "config/toy").mkdir(parents=True)
+    schema.write_parquet(rows, schema.PRODUCTS, folder / "data/toy/products.parquet")
+    settings = {"hosts": [place], "concurrency": CONCURRENCY}
+    (folder / "config/toy/images.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pipeline.images", "toy"]
+    done = run(command, folder, PYTHONPATH=str(ROOT), SMARTAVE_WORKERS="1")
+    known = {hashlib.sha256(data).hexdigest() for data in files}
+    found = shards.ShardFolder(folder / "data/toy/images").rows(["status", "sha256"])
+    kept = [row for row in found if row["status"] == "ok" and row["sha256"] in known]
+    assert len(kept) == len(urls), f"{len(kept)} of {len(urls)} pictures came"
+    return done
+
+
+def theirs(folder: Path, urls: list[str]) -> Run:
+    folder.mkdir(parents=True)
+    (folder / "urls.txt").write_text("\n".join(urls))
+    options = {
+        "url_list": "urls.txt",
+        "output_folder": "out",
+        "output_format": "parquet",
+        "processes_count": 1,
+        "thread_count": CONCURRENCY,
+        "resize_mode": "no",
+        "skip_reencode": True,
+        "number_sample_per_shard": 10_000,
+        "compute_hash": "sha256",
+    }
+    command = [str(PEERS / "bin/img2dataset"), *(f"--{name}={value}" for name, value in options.items())]
+    done = run(command, folder, NO_ALBUMENTATIONS_UPDATE="1")
+    stats = [json.loads(path.read_text()) for path in (folder / "out").glob("*_stats.json")]
+    succeeded = sum(one["successes"] for one in stats)
+    assert succeeded == len(urls), f"img2dataset brought {succeeded} of {len(urls)}"
+    return done
+
+
+def show(name: str, few: Run, many: Run, num_images: int) -> tuple[float, float]:
+    seconds, cpu_s = many.seconds - few.seconds, many.cpu_s - few.cpu_s
+    print(
+        f"{name:14s} {num_images / seconds:7.1f} images/s, by CPU time {num_images / cpu_s:7.1f} images/s, "
+        f"{many.peak_mib:5.0f} MiB at most in one process"
+    )
+    return seconds, cpu_s
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
+    parser.add_argument("--images", type=int, default=MANY)
+    many = parser.parse_args(arguments or []).images
+    files = pictures()
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(files, there), daemon=True)
+    server.start()
+    place = f"127.0.0.1:{here.recv()}"
+    size = sum(map(len, files)) / len(files)
+    print(f"images: {many - FEW} of {SIDE_PX} x {SIDE_PX} px, {size / 1e3:.0f} kB each")
+    urls = [f"http://{place}/{number}.jpg" for number in range(many)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        mine = [ours(folder / f"ours-{n}", urls[:n], place, files) for n in (FEW, many)]
+        our_s, our_cpu_s = show("ours", *mine, many - FEW)
+        if not (PEERS / "bin/img2dataset").is_file():
+            print("  (the peer is not installed: benchmarks/peers.txt says how)")
+        else:
+            peer = [theirs(folder / f"theirs-{n}", urls[:n]) for n in (FEW, many)]
+            seconds, cpu_s = show("img2dataset", *peer, many - FEW)
+            print(f"  ours is {seconds / our_s:.1f} times as fast, by CPU time {cpu_s / our_cpu_s:.1f} times")
+    server.terminate()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
