@@ -251,15 +251,23 @@ def open_easyocr(settings: Settings) -> Work:
     import torch
 
     from features.craft import TextMaps
+    from features.recogniser import reader_with
 
     reader = open_reader(settings)
     craft = getattr(reader.detector, "module", reader.detector)
-    exact = EasyOcr(reader, TextMaps(craft).to(reader.device), settings.canvas_px)
+
+    def engine(dtype: torch.dtype) -> EasyOcr:
+        maps = TextMaps(craft, dtype).to(reader.device)
+        return EasyOcr(reader_with(reader, dtype), maps, settings.canvas_px)
+
+    exact = engine(torch.float32)
     if settings.mode == "exact":
         return Work(exact, None, settings)
-    dtype = getattr(torch, fast_precision(settings.device))
-    fast = EasyOcr(reader, TextMaps(craft, dtype).to(reader.device), settings.canvas_px)
-    return Work(fast, exact if settings.check_every else None, settings)
+    return Work(
+        engine(getattr(torch, fast_precision(settings.device))),
+        exact if settings.check_every else None,
+        settings,
+    )
 
 
 def fast_precision(device: str) -> str:

@@ -48,8 +48,10 @@ def work(settings: ocr.Settings) -> ocr.Work:
 
 
 @pytest.fixture(scope="session")
-def reader(work):
-    return work.engine.reader
+def reader(settings: ocr.Settings):
+    """EasyOCR as it is."""
+    torch.set_num_threads(settings.threads)
+    return ocr.open_reader(settings)
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +180,7 @@ def drawn(label) -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("canvas_px", [2560, 256])
 def test_exact_mode_reads_what_readtext_reads_from_the_file(canvas_px, work, reader, drawn, tmp_path):
-    engine = ocr.EasyOcr(reader, work.engine.maps, canvas_px)
+    engine = replace(work.engine, canvas_px=canvas_px)
     rows, expected = [], []
     for name, image in drawn.items():
         path = tmp_path / f"{name}.{'png' if name == 'small' else 'jpg'}"
@@ -387,7 +389,7 @@ def test_weights_count_by_content_and_not_by_place(tmp_path, monkeypatch):
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no ../shared/data")
 def test_a_real_pack_shot_is_read_as_readtext_reads_it(work, reader):
     path = SHARED_DATA / "packshots" / "images" / "R000127406.jpg"
-    engine = ocr.EasyOcr(reader, work.engine.maps, 640)
+    engine = replace(work.engine, canvas_px=640)
     [read] = rows_of(replace(work, engine=engine), [row(path.read_bytes())])
     assert "Original" in [line["text"] for line in read["lines"]]
     shown_equal(lines_of(read), readtext(reader, path, 640))
@@ -402,7 +404,7 @@ def test_every_pack_shot_and_sample_picture_is_read_as_readtext_reads_it(work, r
     drawn = [path for path in sorted((tmp_path / "images").glob("*.jpg")) if is_whole(path)][:100]
     paths = [*sorted((SHARED_DATA / "packshots" / "images").iterdir()), *drawn]
     assert len(paths) == 183
-    engine = ocr.EasyOcr(reader, work.engine.maps, 2560)
+    engine = replace(work.engine, canvas_px=2560)
     rows = [row(path.read_bytes(), asin=str(path)) for path in paths]
     for made in rows_of(replace(work, engine=engine), rows):
         shown_equal(lines_of(made), readtext(reader, Path(made["asin"]), 2560))
