@@ -1,16 +1,13 @@
 """EasyOCR's text detector CRAFT as a faster program of the same network: where lines of text are.
 
-The same weights and, up to rounding, the same maps: batch normalisation is folded into the convolutions,
-ReLU is computed with them, and pixels keep their channels together (`channels_last`), so that oneDNN neither
-reorders tensors nor walks them twice. Boxes come out of the maps as EasyOCR takes them, but each
-component is looked at in its own window instead of in the whole map.
+The same weights and, up to rounding, the same maps (features/convolutions.py says how). Boxes come out of
+the maps as EasyOCR takes them, but each component is looked at in its own window instead of in the whole map.
 
 Legend: B pictures, H, W canvas pixels, multiples of 32; maps are (H/2, W/2), text and link.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -18,52 +15,14 @@ import torch
 from easyocr.craft import CRAFT
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from features.convolutions import fused
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * np.float32(255)
 STD = np.array([0.229, 0.224, 0.225], np.float32) * np.float32(255)
 TEXT, LINK, LOW_TEXT = 0.7, 0.4, 0.4  # EasyOCR's thresholds
 MIN_CELLS = 10  # of a component
 MULTIPLE_PX = 32
-
-
-class Convolution(nn.Module):
-    """A convolution with the ReLU that follows it, if one does."""
-
-    def __init__(self, source: nn.Conv2d, relu: bool) -> None:
-        super().__init__()
-        weight = source.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight, False)
-        assert source.bias is not None
-        self.bias = nn.Parameter(source.bias.detach(), False)
-        self.padding: list[int] = list(source.padding)  # type: ignore[arg-type]
-        self.dilation = list(source.dilation)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # asked for by name: ATen itself takes a slow path for small kernels
-            then = "relu" if self.relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, self.padding, [1, 1], self.dilation, 1, then, [], ""
-            )
-        x = F.conv2d(x, self.weight, self.bias, padding=self.padding, dilation=self.dilation)
-        return x.relu_() if self.relu else x
-
-
-def fused(layers: Iterable[nn.Module]) -> nn.Sequential:
-    """Convolution, normalisation and ReLU as one; other layers as they are."""
-    rest, made = list(layers), []
-    while rest:
-        layer = rest.pop(0)
-        if isinstance(layer, nn.Conv2d):
-            if rest and isinstance(rest[0], nn.BatchNorm2d):
-                layer = fuse_conv_bn_eval(layer, rest.pop(0))  # type: ignore[arg-type]
-            relu = bool(rest) and isinstance(rest[0], nn.ReLU)
-            layer = Convolution(layer, relu)
-            if relu:
-                rest.pop(0)
-        made.append(layer)
-    return nn.Sequential(*made)
 
 
 class TextMaps(nn.Module):
@@ -155,15 +114,3 @@ def _quad(mine: np.ndarray, place: tuple[int, int], size: int, shape: tuple[int,
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
         quad = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float32)
     return np.roll(quad, 4 - quad.sum(axis=1).argmin(), axis=0)
-
-
-def batches(shapes: Sequence[tuple[int, ...]], max_pixels: int) -> list[list[int]]:
-    """Indices of equal shapes (..., H, W) together, in order, at most `max_pixels` of them at a time."""
-    of_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        of_shape.setdefault(shape, []).append(index)
-    made = []
-    for shape, members in of_shape.items():
-        most = max(1, max_pixels // (shape[-2] * shape[-1]))
-        made += [members[at : at + most] for at in range(0, len(members), most)]
-    return made

@@ -10,8 +10,11 @@ Legend: H, W pixels the network sees; h, w cells of a feature map; R regions; K 
 Boxes are (x1, y1, x2, y2).
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
+
+from features.convolutions import Cast, fused
 
 WIDTHS = {"c4": 2048, "fpn": 1024}
 PIXEL_MEAN_BGR = (103.53, 116.28, 123.675)
@@ -65,7 +70,8 @@ class Anchors(AnchorGenerator):
         like = feature_maps[0]
         self.set_cell_anchors(like.dtype, like.device)
         strides = [[torch.tensor(stride, device=like.device)] * 2 for stride in self.strides]
-        return [torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))]
+        placed = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
+        return [placed] * len(image_list.image_sizes)
 
 
 class Proposals(RegionProposalNetwork):
@@ -79,7 +85,8 @@ class Proposals(RegionProposalNetwork):
 
 
 class Detector(nn.Module):
-    """One picture in, regions out; batch size 1, so that a region never depends on other pictures.
+    """Pictures in, regions out. Only pictures of one resized shape share a batch: nothing is padded to fit
+    another, so a region never depends on other pictures.
 
     An untrained detector (`trained=False`) ranks by objectness alone, as its class scores mean nothing.
     """
@@ -120,40 +127,59 @@ class Detector(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    def forward(self, pixels: np.ndarray, **asked: Any) -> Regions:
+        """`pixels`: (height, width, 3) uint8 RGB."""
+        return self.many([pixels], **asked)[0]
+
     @torch.inference_mode()
-    def forward(
+    def many(
         self,
-        pixels: np.ndarray,
+        pictures: Sequence[np.ndarray],
         *,
         short_side_px: int,
         long_side_px: int,
         max_boxes: int,
         nms_iou: float,
         min_score: float,
-    ) -> Regions:
-        """`pixels`: (height, width, 3) uint8 RGB. At most `max_boxes` regions, best first, then the whole.
+    ) -> list[Regions]:
+        """At most `max_boxes` regions of each picture, best first, then the whole.
 
-        Of two boxes (of one class) that overlap by more than `nms_iou` the better one stays;
-        `min_score` is asked of a trained detector's class scores only.
+        The pictures have one resized shape. Of two boxes (of one class) that overlap by more than `nms_iou`
+        the better one stays; `min_score` is asked of a trained detector's class scores only.
         """
-        resized = resize(pixels, short_side_px=short_side_px, long_side_px=long_side_px)
-        height, width = resized.shape[:2]
-        image = torch.from_numpy(resized[..., ::-1].copy()).permute(2, 0, 1).float()
-        image = (image - torch.tensor(PIXEL_MEAN_BGR).view(3, 1, 1))[None]
+        resized = np.stack(
+            [resize(one, short_side_px=short_side_px, long_side_px=long_side_px) for one in pictures]
+        )
+        levels, found = self._seen(resized, nms_iou=nms_iou, min_score=min_score)
+        made = []
+        for index, (pixels, (boxes, scores)) in enumerate(zip(pictures, found, strict=True)):
+            height, width = resized.shape[1:3]
+            boxes = torch.cat([boxes[:max_boxes], boxes.new_tensor([[0, 0, width, height]])])
+            scores = torch.cat([scores[:max_boxes], scores.new_ones(1)])
+            features, grid = self._features([level[index : index + 1] for level in levels], boxes)
+            parts = (rescaled(boxes, resized[index], pixels), scores, features, grid)
+            made.append(Regions(*(part.cpu().numpy() for part in parts)))
+        return made
+
+    @torch.inference_mode()
+    def features_of(self, pixels: np.ndarray, boxes: np.ndarray, **sides_px: int) -> np.ndarray:
+        """Features (R, width) of given boxes (R, 4) in pixels of the picture."""
+        resized = resize(pixels, **sides_px)
+        scale = [resized.shape[1] / pixels.shape[1], resized.shape[0] / pixels.shape[0]] * 2
+        image = self._batch(resized[None])
+        return self._features(self._levels(image), image.new_tensor(boxes * scale))[0].cpu().numpy()
+
+    def _batch(self, resized: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 RGB to (B, 3, H, W) as the network wants it."""
+        height, width = resized.shape[1:3]
+        image = torch.from_numpy(resized[..., ::-1].copy()).permute(0, 3, 1, 2).float()
+        image = image - torch.tensor(PIXEL_MEAN_BGR).view(3, 1, 1)
         if self.variant == "fpn":  # the pyramid doubles sizes on its way down
             image = F.pad(image, (0, -width % 32, 0, -height % 32))
-        image = image.to(self.res5[0].conv1.weight.device)
-
-        levels = self._levels(image)
-        boxes, scores = self._boxes(image, (height, width), levels, nms_iou=nms_iou, min_score=min_score)
-        boxes = torch.cat([boxes[:max_boxes], boxes.new_tensor([[0, 0, width, height]])])
-        scores = torch.cat([scores[:max_boxes], scores.new_ones(1)])
-        features, grid = self._features(levels, boxes)
-        parts = (rescaled(boxes, resized, pixels), scores, features, grid)
-        return Regions(*(part.cpu().numpy() for part in parts))
+        return image.to(self.predictor.cls_score.weight.device)
 
     def _levels(self, image: Tensor) -> list[Tensor]:
-        """c4: res4, (1, 1024, H/16, W/16). fpn: five of (1, 256, h, w) at strides 4 to 64, then res5."""
+        """c4: res4, (B, 1024, H/16, W/16). fpn: five of (B, 256, h, w) at strides 4 to 64, then res5."""
         res2 = self.res2(self.stem(image))
         res3 = self.res3(res2)
         res4 = self.res4(res3)
@@ -162,13 +188,38 @@ class Detector(nn.Module):
         res5 = self.res5(res4)
         return [*self.fpn({"2": res2, "3": res3, "4": res4, "5": res5}).values(), res5]
 
-    def _boxes(
-        self, image: Tensor, size: tuple[int, int], levels: list[Tensor], *, nms_iou: float, min_score: float
-    ) -> tuple[Tensor, Tensor]:
-        """Boxes (R, 4) in pixels of `image`, clipped to `size`, and their scores (R,), best first."""
+    def _seen(
+        self, resized: np.ndarray, *, nms_iou: float, min_score: float
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Levels, and for each picture boxes (R, 4) in pixels of `resized` and scores (R,), best first."""
+        image, size = self._batch(resized), resized.shape[1:3]
+        levels = self._levels(image)
         self.rpn.nms_thresh = RPN_IOU if self.trained else nms_iou
         seen = levels[: len(self.rpn.anchor_generator.sizes)]
-        [found], _ = self.rpn(ImageList(image, [size]), {str(i): level for i, level in enumerate(seen)})
+        found, _ = self.rpn(
+            ImageList(image, [size] * len(image)), {str(i): level for i, level in enumerate(seen)}
+        )
+        return levels, [
+            self._boxes(
+                [level[index : index + 1] for level in levels],
+                proposed,
+                size,
+                nms_iou=nms_iou,
+                min_score=min_score,
+            )
+            for index, proposed in enumerate(found)
+        ]
+
+    def _boxes(
+        self,
+        levels: list[Tensor],
+        found: Tensor,
+        size: tuple[int, ...],
+        *,
+        nms_iou: float,
+        min_score: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes (R, 4) clipped to `size`, and their scores (R,), best first, of proposals (R, 5)."""
         proposals, objectness = found[:, :4], found[:, 4]
         if not self.trained:
             best = objectness.argsort(descending=True, stable=True)
@@ -195,12 +246,31 @@ class Detector(nn.Module):
         return self.box_head(crops), F.adaptive_avg_pool2d(levels[-1], 7)[0].flatten(1).T
 
 
+def hastened(detector: Detector, dtype: torch.dtype) -> Detector:
+    """The same detector as a faster program: fused convolutions, those of the ResNet in `dtype`."""
+    faster = copy.deepcopy(detector)
+    for name in ("stem", "res2", "res3", "res4", "res5"):
+        setattr(faster, name, Cast(fused(getattr(faster, name)), dtype))
+    head = faster.rpn.head
+    head.conv = Cast(fused(head.conv), torch.float32)
+    if faster.variant == "fpn":
+        for blocks in (faster.fpn.inner_blocks, faster.fpn.layer_blocks):
+            for index, block in enumerate(blocks):
+                blocks[index] = Cast(fused(block), torch.float32)
+    return faster
+
+
 def resize(pixels: np.ndarray, *, short_side_px: int, long_side_px: int) -> np.ndarray:
-    """Bilinear, so that the short side is `short_side_px`, or less where the long one would be too long."""
-    height, width = pixels.shape[:2]
+    """Bilinear, to `resized_shape`."""
+    shape = resized_shape(pixels.shape[:2], short_side_px=short_side_px, long_side_px=long_side_px)
+    return np.asarray(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+def resized_shape(shape: tuple[int, ...], *, short_side_px: int, long_side_px: int) -> tuple[int, int]:
+    """(H, W): the short side is `short_side_px`, or less where the long one would be too long."""
+    height, width = shape
     scale = min(short_side_px / min(height, width), long_side_px / max(height, width))
-    size = (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def rescaled(boxes: Tensor, seen: np.ndarray, pixels: np.ndarray) -> Tensor:

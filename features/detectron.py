@@ -1,6 +1,8 @@
 """detectron2 itself as the detector, where it is installed: the same weights in, the same rows out."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,9 @@ class Detectron:
     def to(self, device: str) -> "Detectron":
         self.model.to(device)
         return self
+
+    def many(self, pictures: Sequence[np.ndarray], **asked: Any) -> list[Regions]:
+        return [self(pixels, **asked) for pixels in pictures]
 
     @torch.inference_mode()
     def __call__(

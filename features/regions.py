@@ -6,25 +6,33 @@ Per picture at most `max_boxes` boxes, best first, and last the whole picture as
 features are float16, little-endian, 2048 (`c4`) or 1024 (`fpn`) wide. Boxes are in pixels of the picture
 as `pipeline.pictures` decodes it. Statuses: `ok`, `undecodable`, or the image's own where there is no
 image. `weights` is `random` (seeded) or a .safetensors made by `python -m features.convert`.
+`precision` says how the torchvision backend computes: `reference` as PyTorch does by itself, `float32` the
+same numbers up to rounding and faster, `bfloat16` less exact and faster still. Every `check_every`-th
+picture's features are computed by `reference` as well, and the stage's metrics tell their cosine.
 """
 
 import argparse
-import functools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from pipeline import params, pictures, schema, shards
+from features.decode import batches, groups
+from pipeline import params, schema, shards
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from features.detector import Detector
+    from features.detector import Detector, Regions
     from features.detectron import Detectron
 
 RANDOM = "random"
+ASKED = {"short_side_px", "long_side_px", "max_boxes", "nms_iou", "min_score"}
+BATCH_PIXELS = 1_000_000  # of resized pictures in one batch
+LOW = 0.999  # a cosine under this is counted
 WIDTHS = {"c4": 2048, "fpn": 1024}
 NO_REGIONS: dict[str, Any] = {"boxes": [], "scores": [], "num_regions": 0, "features": None, "grid": None}
 
@@ -39,6 +47,8 @@ class Settings(params.Settings):
     max_boxes: int = Field(36, ge=1, le=100)  # besides the whole picture
     nms_iou: float = Field(0.5, gt=0, le=1)  # of two boxes that overlap more, the better one stays
     min_score: float = Field(0.2, ge=0, le=1)  # of a class; random weights know no classes
+    precision: Literal["reference", "float32", "bfloat16"] = "float32"
+    check_every: int = Field(16, ge=0)  # pictures of a shard of which one is compared with `reference`
     grid: bool = False  # also the 7x7 cells of res5 over the whole picture, 49 x 2048
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
@@ -56,19 +66,19 @@ class Settings(params.Settings):
         return self
 
 
-def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str, Any]]]:
-    """A function from rows `asin, status, image` to rows of `schema.REGIONS`."""
+def make_worker(settings: Settings) -> "Work":
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("regions.device is cuda, and torch sees no GPU")
     torch.set_num_threads(settings.threads)
-    return functools.partial(detect_rows, open_detector(settings), settings)
+    reference = open_detector(settings)
+    if settings.backend == "detectron2" or settings.precision == "reference":
+        return Work(reference, None, settings)
+    from features.detector import hastened
 
-
-def detect_rows(model: Callable[..., Any], settings: Settings, rows: shards.Rows) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {"asin": row["asin"], **_detect(model, row, settings)}
+    faster = hastened(cast("Detector", reference), getattr(torch, settings.precision)).to(settings.device)
+    return Work(faster, cast("Detector", reference) if settings.check_every else None, settings)
 
 
 def open_detector(settings: Settings) -> "Detector | Detectron":
@@ -81,31 +91,72 @@ def open_detector(settings: Settings) -> "Detector | Detectron":
     return detector.load(Path(settings.weights), settings.variant).to(settings.device)
 
 
-def _detect(model: Callable[..., Any], row: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    import numpy as np
+@dataclass
+class Work:
+    """One worker: turns rows `asin, status, image` into rows of `schema.REGIONS`, and counts at the end."""
 
-    if row["status"] != "ok":
-        return {"status": row["status"], **NO_REGIONS}
-    try:
-        pixels = np.asarray(pictures.decode(row["image"]))
-    except Exception:  # noqa: BLE001 - a decoder may raise anything; the status counts it
-        return {"status": "undecodable", **NO_REGIONS}
-    found = model(
-        pixels,
-        short_side_px=settings.short_side_px,
-        long_side_px=settings.long_side_px,
-        max_boxes=settings.max_boxes,
-        nms_iou=settings.nms_iou,
-        min_score=settings.min_score,
-    )
-    return {
-        "status": "ok",
-        "boxes": found.boxes.tolist(),
-        "scores": found.scores.tolist(),
-        "num_regions": len(found.boxes),
-        "features": half(found.features, row["asin"]),
-        "grid": half(found.grid, row["asin"]) if settings.grid else None,
-    }
+    model: "Detector | Detectron"
+    reference: "Detector | None"
+    settings: Settings
+
+    def __call__(self, rows: shards.Rows) -> Iterator[dict[str, Any] | Counter[str]]:
+        counts: Counter[str] = Counter()
+        num_seen = 0
+        for group in groups(rows):
+            usable = [one for one in group if one.rgb is not None]
+            regions = iter(self._regions([one.rgb for one in usable]))  # type: ignore[misc]
+            for one in group:
+                if one.rgb is None:
+                    yield {"asin": one.asin, "status": one.status, **NO_REGIONS}
+                    continue
+                found = next(regions)
+                if self.reference is not None and num_seen % self.settings.check_every == 0:
+                    counts += self._compared(one.rgb, found)
+                num_seen += 1
+                yield {
+                    "asin": one.asin,
+                    "status": "ok",
+                    "boxes": found.boxes.tolist(),
+                    "scores": found.scores.tolist(),
+                    "num_regions": len(found.boxes),
+                    "features": half(found.features, one.asin),
+                    "grid": half(found.grid, one.asin) if self.settings.grid else None,
+                }
+        yield counts
+
+    def _regions(self, pictures: "list[np.ndarray]") -> "list[Regions]":
+        """In order of the pictures; those of one resized shape are looked at together."""
+        from features.detector import resized_shape
+
+        asked = self.settings.model_dump(include=ASKED)
+        found: list[Any] = [None] * len(pictures)
+        sides = {name: asked[name] for name in ("short_side_px", "long_side_px")}
+        shapes = [resized_shape(one.shape[:2], **sides) for one in pictures]
+        for members in batches(shapes, BATCH_PIXELS):
+            for index, regions in zip(
+                members, self.model.many([pictures[index] for index in members], **asked), strict=True
+            ):
+                found[index] = regions
+        return found
+
+    def _compared(self, rgb: "np.ndarray", found: "Regions") -> Counter[str]:
+        """How far the features are from those that `reference` has at the same boxes."""
+        import numpy as np
+
+        assert self.reference is not None
+        sides = self.settings.model_dump(include={"short_side_px", "long_side_px"})
+        wanted = self.reference.features_of(rgb, found.boxes, **sides)
+        lengths = np.linalg.norm(wanted, axis=1) * np.linalg.norm(found.features, axis=1)
+        cosine = (wanted * found.features).sum(axis=1, dtype=np.float64) / np.maximum(lengths, 1e-12)
+        return Counter(pictures=1, regions=len(cosine), cosine=cosine.sum(), low=int((cosine < LOW).sum()))
+
+
+def cosine_to_reference(counts: Counter[str]) -> dict[str, Any]:
+    if not counts["regions"]:
+        return {}
+    told = {name: counts[name] for name in ("pictures", "regions")}
+    mean = round(counts["cosine"] / counts["regions"], 6)
+    return {"cosine_to_reference": {**told, "mean": mean, f"below_{LOW}": counts["low"]}}
 
 
 def half(features: "np.ndarray", asin: str) -> bytes:
@@ -142,6 +193,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         libraries=("torch", "torchvision", "numpy", "pillow"),
         weights=weights,
         threads=settings.threads,
+        measures=cosine_to_reference,
         lost=NO_REGIONS,
     )
 

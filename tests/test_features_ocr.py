@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from features import craft, ocr
 from features import rapid as rapid_engine
+from features.decode import batches
 from features.lines import Line, agreement, edits, lines_in_order, reading_order
 from pipeline import pictures, sample, schema, shards
 
@@ -223,8 +224,8 @@ def test_components_become_the_boxes_that_easyocr_makes_of_them():
 
 def test_equal_shapes_are_batched_up_to_a_limit_and_others_never():
     shapes = [(32, 64), (64, 64), (32, 64), (32, 64), (64, 64)]
-    assert craft.batches(shapes, 32 * 64 * 2) == [[0, 2], [3], [1], [4]]
-    assert craft.batches([(640, 640)], 1) == [[0]]
+    assert batches(shapes, 32 * 64 * 2) == [[0, 2], [3], [1], [4]]
+    assert batches([(640, 640)], 1) == [[0]]
 
 
 def test_shrinking_keeps_the_grey_that_a_jpeg_stores(label, tmp_path):

@@ -1,11 +1,11 @@
-import functools
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import copy_project, new_workspace
 from image_shards import encoded, write_images
 from PIL import Image
@@ -28,14 +28,17 @@ def drawn(rgb: tuple[int, int, int] = (180, 40, 40)) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def model() -> detector.Detector:
-    torch.set_num_threads(1)
-    return regions.open_detector(regions.Settings(**SMALL))
+def work() -> regions.Work:
+    return regions.make_worker(regions.Settings(**SMALL, grid=True, check_every=2))
 
 
 @pytest.fixture(scope="session")
-def process(model):
-    return functools.partial(regions.detect_rows, model, regions.Settings(**SMALL, grid=True))
+def process(work):
+    return lambda rows: rows_of(work, rows)
+
+
+def rows_of(work: regions.Work, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [made for made in work(rows) if not isinstance(made, Counter)]
 
 
 def test_a_picture_is_a_row_of_boxes_scores_and_float16_features(process, tmp_path):
@@ -64,9 +67,46 @@ def test_no_picture_is_a_row_with_a_reason_and_no_regions(process, image, status
     schema.write_parquet([made], schema.region_schema(width=2048), tmp_path / "row.parquet")
 
 
-def test_the_same_picture_gives_the_same_bytes_whatever_came_before(process):
-    first, _, again = process([row(drawn()), row(drawn((30, 60, 200))), row(drawn())])
-    assert first == again
+def test_the_same_pictures_give_the_same_bytes_whatever_came_before(process):
+    pictures = [row(drawn()), row(drawn((30, 60, 200))), row(None, "missing"), row(drawn())]
+    first = process(pictures)
+    process(pictures[1:2])
+    assert process(pictures) == first
+
+
+def test_pictures_of_one_shape_are_seen_together_and_as_each_alone(work, monkeypatch):
+    other = encoded(Image.new("RGB", (96, 120), (40, 80, 160)), "JPEG")
+    rows = [row(drawn()), row(other), row(drawn((30, 60, 200))), row(other)]
+    seen = []
+    many = work.model.many
+    monkeypatch.setattr(
+        work.model, "many", lambda batch, **asked: seen.append(len(batch)) or many(batch, **asked)
+    )
+    together = rows_of(work, rows)
+    assert seen == [2, 2]
+    for alone, made in zip([rows_of(work, [one])[0] for one in rows], together, strict=True):
+        np.testing.assert_allclose(made["boxes"], alone["boxes"], atol=0.01)
+        mine, theirs = (np.frombuffer(one["features"], "<f2").astype(float) for one in (made, alone))
+        np.testing.assert_allclose(mine, theirs, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("variant", ["c4", "fpn"])
+@pytest.mark.parametrize(("precision", "least"), [("float32", 0.999999), ("bfloat16", 0.999)])
+def test_a_faster_detector_is_close_to_the_reference_and_says_how_close(variant, precision, least):
+    settings = regions.Settings(**SMALL, variant=variant, precision=precision, check_every=2)
+    work = regions.make_worker(settings)
+    *made, counts = work([row(drawn()), row(drawn((30, 60, 200))), row(drawn((20, 160, 40)))])
+    assert counts["pictures"] == 2
+    told = regions.cosine_to_reference(counts)["cosine_to_reference"]
+    assert told["regions"] == 10
+    assert told["below_0.999"] == 0
+    assert least <= told["mean"] <= 1 + 1e-6
+    plain = regions.make_worker(settings.model_copy(update={"precision": "reference"}))
+    assert plain.reference is None
+    reference = rows_of(plain, [row(drawn())])[0]
+    if precision == "float32":
+        np.testing.assert_allclose(made[0]["boxes"], reference["boxes"], atol=0.05)
+    assert regions.cosine_to_reference(Counter()) == {}
 
 
 def test_a_feature_that_float16_cannot_hold_is_an_error_that_names_the_product():
@@ -78,13 +118,13 @@ def test_a_feature_that_float16_cannot_hold_is_an_error_that_names_the_product()
     assert regions.half(np.array([1.5, -2], np.float32), "B000000009") == b"\x00\x3e\x00\xc0"
 
 
-def test_a_picture_with_a_wild_feature_fails_its_shard(model, monkeypatch):
+def test_a_picture_with_a_wild_feature_fails_its_shard(work, monkeypatch):
     huge = detector.Regions(
         *(np.full(shape, 1e6, np.float32) for shape in ((1, 4), (1,), (1, 2048), (49, 2048)))
     )
-    process = functools.partial(regions.detect_rows, lambda *_, **__: huge, regions.Settings())
+    monkeypatch.setattr(work.model, "many", lambda batch, **_: [huge] * len(batch))
     with pytest.raises(ValueError, match="a region feature of B000000001 is not finite"):
-        list(process([row(drawn())]))
+        rows_of(replace(work, reference=None), [row(drawn())])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +166,7 @@ def test_whatever_changes_a_byte_changes_the_fingerprint(monkeypatch, tmp_path):
         return json.dumps(regions.job("sample", regions.Settings(**changed)).made_with(), sort_keys=True)
 
     variants = [{}, {"max_boxes": 9}, {"seed": 1}, {"short_side_px": 600}, {"variant": "fpn"}, {"threads": 2}]
-    variants += [{"nms_iou": 0.4}, {"grid": True}, {"weights": str(weights)}]
+    variants += [{"nms_iou": 0.4}, {"grid": True}, {"precision": "bfloat16"}, {"weights": str(weights)}]
     told = [made_with(**changed) for changed in variants]
     weights.write_bytes(b"two")
     told.append(made_with(weights=str(weights)))
