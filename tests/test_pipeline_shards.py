@@ -3,6 +3,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -741,6 +743,63 @@ def test_killed_at_any_point_the_stage_goes_on_and_gives_the_same_bytes(corpus, 
     assert len(finished()) == 20
     shards.gc()
     assert not list(Path(".cache").rglob("*.tmp"))
+
+
+KILLED = ("worker", "parent", "group")
+
+
+def processes_of(stage, kind):
+    """A worker of the stage, if it has one; the stage itself."""
+    if kind != "worker":
+        return [psutil.Process(stage.pid)]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(stage.pid).children(recursive=True)
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return []
+
+
+def kill_and_go_on(corpus, kind, after_s, *, executor="local", num_workers=2):
+    """SIGKILL after so many seconds, wherever the stage is then; a second run must end with `corpus`."""
+    chosen = {"SMARTAVE_EXECUTOR": executor, "SMARTAVE_WORKERS": str(num_workers)}
+    stage = subprocess.Popen(
+        STAGE, env={**environment(), **chosen}, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        stage.wait(after_s)
+    if stage.poll() is None:
+        if kind == "group":
+            os.killpg(stage.pid, signal.SIGKILL)
+        else:
+            for process in processes_of(stage, kind)[:1]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        if kind == "worker":  # costs a retry, and the stage ends by itself
+            assert stage.wait(60) == 0
+            assert contents(Path("data/toy/images")) == corpus
+        else:
+            stage.wait(60)
+    survived = finished()
+    line = subprocess.run(STAGE, env={**environment(), **chosen}, capture_output=True, text=True)
+    assert line.returncode == 0, line.stderr
+    assert contents(Path("data/toy/images")) == corpus
+    assert {path: finished()[path] for path in survived} == survived, "a finished shard was made again"
+    assert len(finished()) == 20
+
+
+@pytest.mark.parametrize("kind", ["worker", "parent"])
+def test_a_worker_or_the_parent_alone_may_be_killed(corpus, kind):
+    kill_and_go_on(corpus, kind, 1.6)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(30))
+def test_killed_at_a_seeded_point_the_stage_goes_on_and_gives_the_same_bytes(corpus, seed):
+    """Worker, parent, group in turn; local and dask, 1 and 2 workers; at a time that the seed draws."""
+    kind, executor = KILLED[seed % 3], ("local", "local", "dask")[seed // 3 % 3]
+    longest_s = 8 if executor == "dask" else 4
+    after_s = random.Random(seed).uniform(0.3, longest_s)
+    kill_and_go_on(corpus, kind, after_s, executor=executor, num_workers=1 + seed // 9 % 2)
 
 
 def test_killed_while_it_assembles_the_folder_is_not_complete_and_then_the_same(corpus):
