@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import SHARED_DATA, copy_project, new_workspace
+from corrupt_images import TABLE
 from image_shards import encoded, write_images
 from PIL import Image, ImageDraw, ImageFont
 
@@ -141,6 +142,18 @@ def test_a_line_less_sure_than_asked_for_is_left_out(work, process, label):
     [kept] = rows_of(strict, [row(encoded(label[0]))])
     assert kept["lines"] == [line for line in everything["lines"] if line["confidence"] >= bar]
     assert len(kept["lines"]) == 2
+
+
+def test_a_shard_of_broken_images_has_a_row_for_each(work):
+    """Also of bytes that `images` would never have let through as ok."""
+    rows = [
+        row(data, "ok" if name != "bomb" else status, asin=name) for name, (data, status, _) in TABLE.items()
+    ]
+    made = {one["asin"]: one["status"] for one in rows_of(work, rows)}
+    assert list(made) == list(TABLE)
+    for name, (_, status, _) in TABLE.items():
+        expected = {"ok", "no_text"} if status == "ok" else {"undecodable", "too_many_pixels"}
+        assert made[name] in expected, name
 
 
 # The same as readtext

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import copy_project, new_workspace
+from corrupt_images import TABLE
 from image_shards import encoded, write_images
 from PIL import Image
 from pydantic import ValidationError
@@ -65,6 +66,16 @@ def test_no_picture_is_a_row_with_a_reason_and_no_regions(process, image, status
     [made] = process([row(image, status)])
     assert made == {"asin": "B000000001", "status": expected, **regions.NO_REGIONS}
     schema.write_parquet([made], schema.region_schema(width=2048), tmp_path / "row.parquet")
+
+
+def test_a_shard_of_broken_images_has_a_row_for_each(process):
+    rows = [
+        row(data, "ok" if name != "bomb" else status, asin=name) for name, (data, status, _) in TABLE.items()
+    ]
+    made = {one["asin"]: one["status"] for one in process(rows)}
+    assert list(made) == list(TABLE)
+    for name, (_, status, _) in TABLE.items():
+        assert made[name] in ({"ok"} if status == "ok" else {"undecodable", "too_many_pixels"}), name
 
 
 def test_the_same_pictures_give_the_same_bytes_whatever_came_before(process):
