@@ -13,7 +13,7 @@ picture's features are computed by `reference` as well, and the stage's metrics 
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -157,6 +157,21 @@ def cosine_to_reference(counts: Counter[str]) -> dict[str, Any]:
     told = {name: counts[name] for name in ("pictures", "regions")}
     mean = round(counts["cosine"] / counts["regions"], 6)
     return {"cosine_to_reference": {**told, "mean": mean, f"below_{LOW}": counts["low"]}}
+
+
+def smallest_holding(boxes: "np.ndarray", quad: Sequence[float]) -> int:
+    """Index of the smallest of `boxes` (R, 4), the last the whole picture, that holds all of an OCR line.
+
+    `quad` are x, y of its four corners; what lies outside the picture is held by the whole of it.
+    """
+    import numpy as np
+
+    xs, ys = np.array(quad[::2]), np.array(quad[1::2])
+    holds = (boxes[:, 0] <= xs.min()) & (boxes[:, 1] <= ys.min())
+    holds &= (boxes[:, 2] >= xs.max()) & (boxes[:, 3] >= ys.max())
+    holds[-1] = True
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return int(np.where(holds, areas, np.inf).argmin())
 
 
 def half(features: "np.ndarray", asin: str) -> bytes:

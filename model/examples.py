@@ -73,6 +73,8 @@ class Images:
     def __init__(self, corpus: str) -> None:
         self.ocr = ShardFolder(Path("data", corpus, "ocr"))
         self.regions = ShardFolder(Path("data", corpus, "regions"))
+        for folder in (self.ocr, self.regions):
+            folder.verify()  # training for hours on a shard that is not what was written would be worse
 
     def of(self, asin: str) -> dict[str, Any]:
         """The fields of `Product` that come from the image; empty where there is no usable one."""

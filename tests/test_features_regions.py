@@ -120,6 +120,15 @@ def test_a_faster_detector_is_close_to_the_reference_and_says_how_close(variant,
     assert regions.cosine_to_reference(Counter()) == {}
 
 
+def test_a_line_belongs_to_the_smallest_region_that_holds_it():
+    boxes = np.array([[0, 0, 60, 60], [10, 10, 50, 30], [12, 12, 30, 20], [0, 0, 100, 80]], np.float32)
+    assert regions.smallest_holding(boxes, (14, 14, 28, 14, 28, 18, 14, 18)) == 2
+    assert regions.smallest_holding(boxes, (14, 14, 40, 15, 40, 25, 14, 24)) == 1
+    assert regions.smallest_holding(boxes, (5, 5, 40, 15, 40, 25, 14, 24)) == 0
+    assert regions.smallest_holding(boxes, (50, 5, 90, 5, 90, 25, 50, 25)) == 3
+    assert regions.smallest_holding(boxes, (90, 5, 120, 5, 120, 25, 90, 25)) == 3
+
+
 def test_a_feature_that_float16_cannot_hold_is_an_error_that_names_the_product():
     for wrong in (np.nan, np.inf, 70_000.0, -1e9):
         features = np.zeros((2, 8), np.float32)
