@@ -228,6 +228,7 @@ def section(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> dict[st
         "engines": files[0]["made_with"]["engines"] | files[0]["made_with"]["weights"] if files else {},
         "figures": figures(corpus, cells),
         "data": data_tables(corpus) if Path("data", corpus, "products.parquet").is_file() else [],
+        "sheet": showcase.contact_sheet(corpus, REPORTS),
         "shown_by": "{}, seed {}".format(*done[0]) if done else None,
         "products": showcase.shown(corpus, *done[0], number=PRODUCTS_SHOWN, reports=REPORTS) if done else [],
     }

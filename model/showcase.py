@@ -81,6 +81,20 @@ def picture(asin: str, folders: dict[str, ShardFolder], path: Path) -> str | Non
     return None
 
 
+def contact_sheet(corpus: str, reports: Path) -> str | None:
+    """Good, doubtful and failed pictures on one sheet below `reports`; None where the stages have not run."""
+    from features import show
+
+    if not all(
+        Path("data", corpus, stage, "manifest.json").is_file() for stage in ("images", "ocr", "regions")
+    ):
+        return None
+    name = Path("images", f"{corpus}-sheet.jpg")
+    (reports / name).parent.mkdir(parents=True, exist_ok=True)
+    show.sheet(corpus).save(reports / name, "JPEG", quality=80)
+    return name.as_posix()
+
+
 def shown(corpus: str, model: str, seed: int, *, number: int, reports: Path) -> list[dict[str, Any]]:
     """The chosen products of one cell's test split, with their pictures written to `reports`/images/."""
     products: dict[str, list[dict[str, Any]]] = {}

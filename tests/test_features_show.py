@@ -96,3 +96,45 @@ def test_an_unknown_product_is_an_error_that_names_it(corpus, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["show", "toy", "B000000009"])
     with pytest.raises(SystemExit, match="show: B000000009 is not in corpus toy"):
         show.main()
+
+
+def test_a_command_that_asks_for_nothing_says_what_to_ask_for(corpus, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["show", "toy"])
+    with pytest.raises(SystemExit, match="show: name asins, or ask for the --sheet"):
+        show.main()
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Eight products whose lines are read with rising confidence, and three without a usable picture."""
+    monkeypatch.chdir(tmp_path)
+    asins = [f"B{number:09d}" for number in range(11)]
+    lost = dict(zip(asins[8:], ("missing", "missing", "kills_worker"), strict=True))
+    pictures = {asin: None if lost.get(asin) == "missing" else PICTURE for asin in asins}
+    write_images(tmp_path / "data" / "toy" / "images", pictures)
+    lines = [[{**OCR["lines"][0], "confidence": 0.1 * number}] for number in range(8)]
+    ocr = [{"asin": a, "status": "ok", "lines": of} for a, of in zip(asins, lines, strict=False)]
+    ocr += [{"asin": asin, "status": status, "lines": []} for asin, status in lost.items()]
+    write_stage(tmp_path / "data" / "toy" / "ocr", ocr, schema.OCR)
+    regions = [{**REGIONS, "asin": asin} for asin in asins]
+    write_stage(tmp_path / "data" / "toy" / "regions", regions, schema.region_schema(width=2048))
+    return asins
+
+
+def test_the_sheet_shows_the_surest_the_least_sure_and_the_failed(many, tmp_path, monkeypatch, capsys):
+    assert show.chosen("toy") == {
+        "good": many[7:1:-1],
+        "doubtful": many[:2],  # the others are good already
+        "failed": [many[10], many[8], many[9]],  # each status before any twice
+    }
+    monkeypatch.setattr(sys, "argv", ["show", "toy", "--sheet", "--output", str(tmp_path / "out")])
+    show.main()
+    assert capsys.readouterr().out.endswith("sheet.png: 6 good, 2 doubtful, 3 failed\n")
+    with Image.open(tmp_path / "out" / "sheet.png") as image:
+        cells = np.asarray(image)
+    assert cells.shape[1] == show.SHEET_COLUMNS * show.CELL_PX
+    height = cells.shape[0] // 3
+    middle = height // 2 + 2 * show.FONT_PX
+    assert tuple(cells[2 * height + middle, 10]) == show.FAILED_RGB
+    assert tuple(cells[2 * height + middle, 3 * show.CELL_PX + 10]) == (255, 255, 255)
+    assert (cells[:height] == show.LINE_RGB).all(axis=2).any()
