@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.examples import Extraction, Question, Source
 from model.tagging import O, encode_tags
@@ -89,28 +89,6 @@ def occurrences(needle: Sequence[int], haystack: Sequence[int]) -> list[tuple[in
         for i in range(len(haystack) - size + 1)
         if size and list(haystack[i : i + size]) == list(needle)
     ]
-
-
-def character_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the characters of `texts`, lower-cased, most frequent first."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
-    counts = Counter(character for text in texts for character in text.lower() if not character.isspace())
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[VALUE]"]
-    words += sorted(counts, key=lambda character: (-counts[character], character))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        additional_special_tokens=["[VALUE]"],
-    )
 
 
 class Processor:

