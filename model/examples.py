@@ -65,6 +65,7 @@ class Extraction:
     value: str
     score: float  # probability of the whole output, in 0..1
     source: Source = field(default_factory=lambda: Source("vocabulary"))
+    elsewhere: tuple[Source, ...] = ()  # further places where a tagger found the same value
 
 
 class Images:

