@@ -7,7 +7,7 @@ problems are reported at once. A value comes from the innermost place that gives
 
     stage   class default < section `ocr:` < the corpus entry's `ocr:`
     model   class default < sections `model:`, `train:` < the corpus entry's `model:`, `train:`
-            < the model's entry, its base first
+            < the model's entry < the corpus entry's `models:` for this model, its base first
 
 `source` and `products` have no key of their own in a corpus entry: their settings stand in it directly.
 A `model:` section speaks to every architecture that has the setting.
@@ -42,7 +42,7 @@ from pipeline.provenance import code_digest
 PARAMS = Path("params.yaml")
 CORPUS_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
-ARCHITECTURE = re.compile(r"model\.[a-z][a-z0-9_]*")
+ARCHITECTURE = re.compile(r"model\.(baselines\.)?[a-z][a-z0-9_]*")
 STAGES: dict[str, type[Settings]] = {
     "products": pipeline.products.Settings,
     "images": pipeline.images.Settings,
@@ -52,6 +52,7 @@ STAGES: dict[str, type[Settings]] = {
 }
 OVERRIDES = ("images", "ocr", "regions", "evaluate", "train", "model")  # what a corpus entry may override
 SECTIONS = ("run", "corpora", "models", "products", *OVERRIDES)
+MODELS = "models"  # a corpus entry's settings of single models
 
 
 class Run(Settings):
@@ -94,8 +95,10 @@ class Checker:
         for corpus, entry in corpora.items():
             self.corpus(corpus, entry)
             self.known_to_some(self.section("corpora", corpus, "model"), set(architectures.values()))
+            for name in sorted(self.section("corpora", corpus, MODELS)[1].keys() - models.keys(), key=str):
+                self.complain(("corpora", corpus, MODELS), f"names {name!r}, which is no model")
             for name, architecture in architectures.items():
-                self.model(corpus, name, chains[name], architecture)
+                self.model(corpus, name, self.on(corpus, chains[name]), architecture)
         self.run(corpora, models)
 
     def complain(self, key: Key, rest: str) -> None:
@@ -150,7 +153,7 @@ class Checker:
             )
             return
         products = STAGES["products"]
-        direct = {key: value for key, value in entry.items() if key not in OVERRIDES}
+        direct = {key: value for key, value in entry.items() if key not in (*OVERRIDES, MODELS)}
         for key in sorted(direct.keys() - source.model_fields.keys() - products.model_fields.keys(), key=str):
             self.complain((*where, key), f"is not a setting that exists for kind {kind}")
         self.write(f"{name}/source.json", self.resolve(source, [(where, _only(direct, source))]))
@@ -171,6 +174,14 @@ class Checker:
                 return []
             names.append(base)
         return [(("models", name), models[name]) for name in reversed(names)]
+
+    def on(self, corpus: str, chain: list[Layer]) -> list[Layer]:
+        """`chain` with what the corpus says of each model in it, right behind the model's own entry."""
+        return [
+            layer
+            for one in chain
+            for layer in (one, self.section("corpora", corpus, MODELS, str(one[0][-1])))
+        ]
 
     def architecture(self, chain: list[Layer]) -> str | None:
         """The name of the module that a model is built by."""
@@ -200,7 +211,8 @@ class Checker:
         if both:
             raise ValueError(f"{architecture}.Settings and model.train.Settings both have {sorted(both)}")
         for where, layer in chain:
-            known = {"base", "architecture"} | trainer.model_fields.keys() | built.model_fields.keys()
+            outermost = {"base", "architecture"} if where[0] == "models" else set()
+            known = outermost | trainer.model_fields.keys() | built.model_fields.keys()
             for key in sorted(layer.keys() - known, key=str):
                 self.complain((*where, key), f"is a setting of neither {architecture} nor model.train")
         parts: dict[str, Settings | None] = {}

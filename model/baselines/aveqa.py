@@ -39,7 +39,7 @@ class Settings(inputs.Settings):
     distillation: float = Field(0.5, ge=0)  # weight of L_dMLM
     no_answer: float = Field(0.5, ge=0)  # weight of L_NA
     masked: float = Field(0.15, gt=0, lt=1)
-    temperature: float = Field(2.0, gt=0)
+    teacher_temperature: float = Field(2.0, gt=0)
 
 
 class Config(inputs.Config):
@@ -108,7 +108,7 @@ class Model(Baseline):
             found: Any = BertForMaskedLM.from_pretrained(path, output_loading_info=True)
             teacher, said = found
             transform = not any("predictions.transform" in name for name in said["missing_keys"])
-        names = ("distillation", "no_answer", "masked", "temperature")
+        names = ("distillation", "no_answer", "masked", "teacher_temperature")
         sizes = {name: getattr(settings, name) for name in names}
         mask_token = processor.tokenizer.mask_token_id
         config = Config.of(
@@ -160,7 +160,7 @@ class Model(Baseline):
             embeddings = teacher.bert.embeddings.word_embeddings.weight
             target = teacher.cls(words) if self.config.transform else words @ embeddings.T
         said = self.mlm(self.states(hidden, batch)[masked], self.bert.embeddings.word_embeddings.weight)
-        return distilled(said.float(), target.float(), self.config.temperature)
+        return distilled(said.float(), target.float(), self.config.teacher_temperature)
 
     def forward(self, *, targets: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         states = self.states(batch["input_ids"], batch)
