@@ -80,6 +80,7 @@ class Checker:
     params: dict[str, Any]
     files: dict[str, Any] = field(default_factory=dict)  # path below config/ -> content
     problems: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
+    digests: dict[str, str] = field(default_factory=dict)  # of the code of each architecture
 
     def check(self) -> None:
         for section in sorted(self.params.keys() - set(SECTIONS), key=str):
@@ -88,6 +89,7 @@ class Checker:
         models = self.entries("models", MODEL_NAME)
         chains = {name: chain for name in models if (chain := self.chain(models, name))}
         architectures = {name: found for name in chains if (found := self.architecture(chains[name]))}
+        self.digests = {name: code_digest(name) for name in set(architectures.values())}
         for stage, settings in STAGES.items():
             self.resolve(settings, [self.section(stage)], complete=False)
         self.resolve(model.train.Settings, [self.section("train")], complete=False)
@@ -226,7 +228,7 @@ class Checker:
         if len(resolved) == len(parts):
             self.files[f"{corpus}/models/{name}.json"] = {
                 "architecture": architecture,
-                "code": code_digest(architecture),  # new code in one architecture reruns its own cells only
+                "code": self.digests[architecture],  # new code in one architecture reruns its own cells only
                 "settings": resolved["model"],
                 "train": resolved["train"],
             }

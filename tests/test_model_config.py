@@ -95,6 +95,28 @@ def test_a_model_takes_what_its_base_then_its_own_entry_say() -> None:
     }
 
 
+def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries() -> None:
+    edits = {
+        "models": {
+            "smartave": {"architecture": "model.smartave"},
+            "pam": {"architecture": "model.baselines.pam", "learning_rate": 1e-4, "epochs": 9},
+            "pam-512": {"base": "pam", "max_length": 512},
+            "pam-slow": {"base": "pam", "learning_rate": 1e-5},
+        },
+        "corpora__sample__models": {"pam": {"learning_rate": 1e-3}},
+        "run__models": ["pam"],
+    }
+    files = config.resolve(changed(**edits))
+    rates = {
+        (corpus, name): files[f"{corpus}/models/{name}.json"]["train"]["learning_rate"]
+        for corpus in ("sample", "mave")
+        for name in ("pam", "pam-512", "pam-slow")
+    }
+    assert [rates["sample", name] for name in ("pam", "pam-512", "pam-slow")] == [1e-3, 1e-3, 1e-5]
+    assert [rates["mave", name] for name in ("pam", "pam-512", "pam-slow")] == [1e-4, 1e-4, 1e-5]
+    assert files["sample/models/pam-512.json"]["settings"]["max_length"] == 512
+
+
 @pytest.mark.parametrize(
     ("edits", "complaint"),
     [
@@ -152,6 +174,19 @@ def test_a_model_takes_what_its_base_then_its_own_entry_say() -> None:
             "models.smartave.colour is a setting of neither model.smartave nor",
         ),
         ({"models__smartave__epochs": 0}, "models.smartave.epochs must be >= 1, got 0"),
+        (
+            {"models__a": {"architecture": "model.baselines.none"}},
+            "models.a.architecture must be a module of",
+        ),
+        ({"corpora__sample__models": {"none": {}}}, "corpora.sample.models names 'none', which is no model"),
+        (
+            {"corpora__sample__models": {"pam": {"base": "smartave"}}},
+            "corpora.sample.models.pam.base is a setting of neither model.baselines.pam nor",
+        ),
+        (
+            {"corpora__sample__models": {"pam": {"epochs": 0}}},
+            "corpora.sample.models.pam.epochs must be >= 1, got 0",
+        ),
     ],
 )
 def test_a_wrong_params_file_is_told_where_and_why(edits: dict, complaint: str) -> None:
@@ -237,3 +272,4 @@ def test_new_code_in_an_architecture_changes_its_models_only(monkeypatch: pytest
     different = {name for name in before if before[name] != after[name]}
     assert different == {name for name in before if "/models/" in name}
     assert json.dumps(after["sample/models/smartave.json"]).count("new model.smartave") == 1
+    assert json.dumps(after["sample/models/pam.json"]).count("new model.baselines.pam") == 1
