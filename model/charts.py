@@ -22,14 +22,24 @@ STYLE: Any = {
 }
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], floor: Mapping[str, float], *, title: str) -> str:
-    """F1 per name (attribute or origin) as one bar per system; `groups[system][name]`, floor in grey."""
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    floor: Mapping[str, float],
+    *,
+    title: str,
+    percent: bool = False,
+) -> str:
+    """F1 per name (attribute, origin, corpus) as one bar per system; `groups[system][name]`, floor in grey.
+
+    Without a floor none is drawn.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = sorted({name for scores in groups.values() for name in scores}, reverse=True)
-    systems = {**groups, "floor": floor}
-    height = 0.8 / len(systems)
+    systems = {**groups, "floor": floor} if floor else dict(groups)
+    height = 0.8 / max(1, len(systems))
+    scale, form = (100, "%.1f") if percent else (1, "%.2f")
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.8 + len(names) * (0.12 + 0.14 * len(systems))), layout="constrained")
         axes = figure.add_subplot()
@@ -38,10 +48,36 @@ def bars(groups: Mapping[str, Mapping[str, float]], floor: Mapping[str, float], 
             places = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
             lengths = [scores.get(name, 0.0) for name in names]
             drawn = axes.barh(places, lengths, height * 0.92, label=system, color=color)
-            axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7, color="#4b5563")
-        axes.set(xlim=(0, 1.06), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1")
+            axes.bar_label(drawn, fmt=form, padding=2, fontsize=7, color="#4b5563")
+        axes.set(
+            xlim=(0, 1.06 * scale), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1"
+        )
         axes.tick_params(left=False)
-        figure.legend(loc="outside lower center", ncols=len(systems), fontsize=8)
+        figure.legend(loc="outside lower center", ncols=max(1, min(4, len(systems))), fontsize=8)
+        return _svg(figure)
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, axis: str, doubling: bool
+) -> str:
+    """F1 over a setting: (x, mean, standard deviation) per system; `doubling` draws powers of two evenly."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, points) in enumerate(series.items()):
+            x, mean, sd = zip(*points, strict=True)
+            color = COLORS[number % len(COLORS)]
+            axes.errorbar(x, mean, yerr=sd, label=name, color=color, marker="o", markersize=3, linewidth=1.4)
+        if doubling:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({x for points in series.values() for x, _, _ in points})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set(xlabel=axis, ylabel="F1", title=title)
+        if series:
+            axes.legend(fontsize=8)
         return _svg(figure)
 
 

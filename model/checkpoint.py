@@ -10,6 +10,7 @@ from typing import Any
 from model.examples import Extraction, Question
 
 PROVENANCE = "provenance.json"
+COSTS = Path(".cache/costs")  # what training took, outside DVC's outputs: clocks differ, outputs must not
 
 
 def load(folder: Path) -> tuple[Any, Any]:

@@ -2,9 +2,9 @@
 
     python -m model.evaluate CORPUS MODEL SEED
 
-Reads runs/CORPUS/MODEL/SEED/model, writes next to it predictions.parquet and plots/, and
-metrics/CORPUS/MODEL/SEED.json. Gold is a question's values and evidences, normalised; a value
-that stands only in an evidence is of origin `text`.
+Reads runs/CORPUS/MODEL/SEED/model, writes next to it predictions.parquet and plots/,
+metrics/CORPUS/MODEL/SEED.json, and what of it is worth keeping to docs/results/. Gold is a question's
+values and evidences, normalised; a value that stands only in an evidence is of origin `text`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
-from model import metrics
+from model import metrics, results
 from model.examples import Extraction, Question, questions
 from model.floor import Floor
-from model.metrics import Answer
+from model.metrics import Answer, Chunk
 from model.probe import Probe
 from pipeline import params, schema
 
@@ -55,20 +55,36 @@ def train_rules(asked: Iterable[Question]) -> tuple[Floor, Probe]:
     return floor, probe
 
 
+def chunks(question: Question, found: Iterable[Extraction]) -> tuple[set[Chunk], set[Chunk], int]:
+    """The chunks said, those labelled, and how many values were said without a place in the text."""
+    said: set[Chunk] = set()
+    nowhere = 0
+    for extraction in found:
+        for source in (extraction.source, *extraction.elsewhere):
+            if source.kind == "text":
+                said.add((source.index or 0, source.begin or 0, source.end or 0))
+            else:
+                nowhere += 1
+    return said, {(one.paragraph, one.begin, one.end) for one in question.evidences}, nowhere
+
+
 def judge(
     asked: Iterable[Question], extracted: Iterable[tuple[Extraction, ...]], floor: Floor, probe: Probe
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The content of the metrics file (without `made_with`) and the rows of predictions.parquet."""
     answers: dict[str, list[Answer]] = {"model": [], "floor": [], "probe": []}
+    placed: dict[str, list[tuple[set[Chunk], set[Chunk], int]]] = {"model": [], "floor": []}
     rows, unscored = [], 0
     for question, found in zip(asked, extracted, strict=True):
         product, right = question.product, gold(question)
         read = " ".join(line.text for line in product.ocr)
         in_ocr = [metrics.contains(read, value) for value in right]
         unscored += sum(not metrics.normalise(value) for value in right)
+        extracted_by = {"model": found, "floor": floor.predict(question)}
+        for system, extractions in extracted_by.items():
+            placed[system].append(chunks(question, extractions))
         said = {
-            "model": [extraction.value for extraction in found],
-            "floor": [extraction.value for extraction in floor.predict(question)],
+            **{system: [one.value for one in extractions] for system, extractions in extracted_by.items()},
             "probe": probe.predict(question),
         }
         for system, values in said.items():
@@ -80,7 +96,9 @@ def judge(
                 "item": product.item,
                 "asin": product.asin,
                 "attribute": question.attribute,
-                "values": [asdict(extraction) for extraction in found],
+                "values": [
+                    {"value": one.value, "score": one.score, "source": asdict(one.source)} for one in found
+                ],
                 "gold": list(right),
                 "origins": list(right.values()),
                 "in_ocr": in_ocr,
@@ -89,7 +107,8 @@ def judge(
     none = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
     return {
         **metrics.all_scores(answers["model"]),
-        "floor": metrics.all_scores(answers["floor"]),
+        "chunk": metrics.chunks(placed["model"]),
+        "floor": metrics.all_scores(answers["floor"]) | {"chunk": metrics.chunks(placed["floor"])},
         "probe": {"visible": metrics.by_origin(answers["probe"]).get("visible", none)},
         "unscored_values": unscored,  # gold that normalises to nothing, such as "A"
     }, rows
@@ -160,7 +179,9 @@ def run(corpus: str, name: str, seed: int) -> None:
     schema.write_parquet(rows, schema.PREDICTIONS, folder / "predictions.parquet")
     for group in ("by_attribute", "by_origin"):
         write_json(plot_rows(scores, group), folder / "plots" / f"{group}.json")
-    write_json(scores | {"made_with": what}, Path("metrics", corpus, name, f"{seed}.json"))
+    whole = scores | {"made_with": what}
+    write_json(whole, Path("metrics", corpus, name, f"{seed}.json"))
+    results.keep(corpus, name, seed, whole, results.size(model))
 
 
 def main() -> None:

@@ -130,6 +130,23 @@ def five_way(answers: Iterable[Answer]) -> Score:
     return outcomes | score | {"count": right + wrong + outcomes["AN"]}
 
 
+Chunk = tuple[int, int, int]  # paragraph, begin, end
+
+
+def chunks(pairs: Iterable[tuple[set[Chunk], set[Chunk], int]]) -> Score:
+    """JAVE's chunk score: a value is right where it begins and ends as labelled, in the labelled paragraph.
+
+    Each pair is one question's predicted chunks, its gold chunks, and how many values were predicted that
+    stand nowhere in the text: these are wrong chunks, so that nobody gains by not saying where.
+    """
+    right = predicted = gold = 0
+    for said, wanted, nowhere in pairs:
+        right += len(said & wanted)
+        predicted += len(said) + nowhere
+        gold += len(wanted)
+    return _score(right, predicted, gold) | {"count": gold}
+
+
 def by_attribute(answers: Iterable[Answer]) -> dict[str, Score]:
     groups: defaultdict[str, list[Answer]] = defaultdict(list)
     for one in answers:

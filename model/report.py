@@ -2,8 +2,9 @@
 
     python -m model.report
 
-Reads config/run.json and what the cells left under metrics/, runs/ and data/; writes
-reports/index.html with its pictures, and reports/index.md with the tables.
+Reads config/run.json, what the cells left under metrics/, runs/ and data/, and, for the paper's tables and
+figures, every result that is kept in docs/results/; writes reports/index.html with its pictures,
+reports/index.md with the tables, and the figures as files under reports/figures/.
 """
 
 import argparse
@@ -12,28 +13,19 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from model import charts, showcase
+from model import charts, paper, results, showcase
 from model.metrics import normalise
+from model.paper import Table
 from pipeline import params, schema
 
 REPORTS = Path("reports")
 PRODUCTS_SHOWN = 12
 Keys = tuple[str, ...]  # keys into a metrics file
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells; `best` marks the highest number of a column among the models."""
-
-    head: list[str]
-    rows: list[list[str]]
-    best: frozenset[tuple[int, int]] = frozenset()  # (row, column)
 
 
 def at(scores: dict[str, Any] | None, path: Keys) -> float | None:
@@ -235,11 +227,36 @@ def section(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> dict[st
 
 
 def markdown(table: Table) -> str:
-    lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
+    rows = [
+        [
+            f"{cell} (paper: {table.grey[row, column]})" if (row, column) in table.grey else cell
+            for column, cell in enumerate(cells)
+        ]
+        for row, cells in enumerate(table.rows)
+    ]
+    lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def write(sections: Sequence[dict[str, Any]]) -> None:
+def reproduction(same: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The paper's tables and figures from all results that are kept; figures go to reports/figures/."""
+    found = results.cells()
+    tables, figures = paper.everything(paper.gather(found, same))
+    folder = REPORTS / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for title, note, svg in figures:
+        path = folder / f"{title.split(':')[0].lower().replace(' ', '-')}.svg"
+        if svg:
+            path.write_text(svg, encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+        file = path.relative_to(REPORTS).as_posix() if svg else None
+        drawn.append({"title": title, "note": note, "svg": svg, "file": file})
+    return {"cells": len(found), "tables": tables, "figures": drawn}
+
+
+def write(sections: Sequence[dict[str, Any]], whole: dict[str, Any]) -> None:
     """reports/index.html and reports/index.md."""
     import jinja2
 
@@ -251,7 +268,7 @@ def write(sections: Sequence[dict[str, Any]]) -> None:
         undefined=jinja2.StrictUndefined,
     )
     REPORTS.mkdir(exist_ok=True)
-    html = environment.get_template("report.html.j2").render(sections=sections)
+    html = environment.get_template("report.html.j2").render(sections=sections, whole=whole)
     (REPORTS / "index.html").write_text(html, encoding="utf-8")
     parts = ["# Report"]
     for one in sections:
@@ -259,6 +276,13 @@ def write(sections: Sequence[dict[str, Any]]) -> None:
         parts += ["### Scores on the test split", markdown(one["scores"])]
         for title, table in one["data"]:
             parts += [f"### {title}", markdown(table)]
+    parts += ["## The paper's tables and figures", f"From {whole['cells']} finished cells in docs/results/."]
+    for title, note, table in whole["tables"]:
+        parts += [f"### {title}", *([note] if note else []), markdown(table)]
+    for figure in whole["figures"]:
+        parts.append(f"### {figure['title']}")
+        parts += [f"![{figure['title']}]({figure['file']})"] if figure["file"] else []
+        parts += [figure["note"]] if figure["note"] else []
     (REPORTS / "index.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -289,7 +313,7 @@ def run() -> None:
         raise ValueError(f"{path} does not exist (`dvc repro config` writes it)")
     cells = json.loads(path.read_text(encoding="utf-8"))
     sections = [section(corpus, cells["models"], cells["seeds"]) for corpus in cells["corpora"]]
-    write(sections)
+    write(sections, reproduction(cells.get("same", {})))
     tell(sections)
 
 

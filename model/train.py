@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -343,6 +344,18 @@ def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question])
     }
 
 
+def keep_cost(corpus: str, name: str, seed: int, seconds: float, examples: int) -> None:
+    """Note how long a training took that was not interrupted, for the paper's Table 3 and for estimates."""
+    import torch
+
+    from model.checkpoint import COSTS
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    path = COSTS / corpus / name / f"{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"training_s": round(seconds, 1), "examples": examples, "device": device}))
+
+
 def run(corpus: str, name: str, seed: int) -> None:
     """Train the cell and write its folder; raises `ValueError` when there is nothing to train on."""
     import transformers
@@ -356,9 +369,12 @@ def run(corpus: str, name: str, seed: int) -> None:
             f"{corpus} has {len(training)} training and {len(validation)} validation questions; "
             "both must be there"
         )
+    resumed, started = last_whole_checkpoint(checkpoints) is not None, time.perf_counter()
     model, processor, history = fit(cell, training, validation, seed, checkpoints)
     if int(os.environ.get("RANK", "0")):
         return  # the first process of several writes for all
+    if not resumed:
+        keep_cost(corpus, name, seed, time.perf_counter() - started, len(training) * cell.train.epochs)
     rows = judge(model, processor, validation, 2 * cell.train.batch_size)
     folder = Path("runs", corpus, name, str(seed))
     temporary = folder / "model.tmp"

@@ -1,0 +1,484 @@
+"""The paper's tables and figures in their own form, from docs/results/ (`model.results`).
+
+Our numbers are F1 in per cent, mean ± standard deviation over seeds. The paper's stand beside them, grey,
+where the corpus is one of its two; on any other corpus there is nothing to set beside ours. A cell that was
+not run says so. The paper does not say how it counts multi-valued and empty answers; ours are the set-based
+micro score over (product, attribute, value) where a column does not say otherwise.
+One file: each table is the paper's numbers, and the function that sets ours beside them.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from model import charts
+from model.metrics import Answer, answer, normalise, paired_bootstrap
+
+Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
+Cell = tuple[int, int]
+NOT_RUN = "not run"
+MAIN = (
+    ("SUOpenTag", "suopentag"),
+    ("AVEQA", "aveqa"),
+    ("AdaTag", "adatag"),
+    ("MAVEQA", "maveqa"),
+    ("MJAVE", "mjave"),
+    ("PAM", "pam"),
+    ("BERT tagger", "bert-tagger"),
+    ("SMARTAVE-text", "smartave-text"),
+    ("SMARTAVE", "smartave"),
+)
+TABLE_1 = {
+    "suopentag": {"mepave": "77.12 ± 0.62", "mave": "81.74 ± 0.54"},
+    "aveqa": {"mepave": "89.15 ± 0.47", "mave": "89.20 ± 0.32"},
+    "adatag": {"mepave": "81.36 ± 0.54", "mave": "86.19 ± 0.46"},
+    "maveqa": {"mepave": "88.71 ± 0.38", "mave": "90.06 ± 0.29"},
+    "mjave": {"mepave": "87.17 ± 0.43", "mave": "88.84 ± 0.55"},
+    "pam": {"mepave": "89.68 ± 0.51", "mave": "91.51 ± 0.37"},
+    "smartave-text": {"mepave": "89.21 ± 0.42", "mave": "91.16 ± 0.41"},
+    "smartave": {"mepave": "91.52 ± 0.45", "mave": "93.69 ± 0.34"},
+}
+ATTRIBUTES = ("Brand", "Shape", "Color", "Type")
+TABLE_2 = {
+    "suopentag": "91.25 91.33 91.29 84.36 78.86 81.52 80.84 72.53 76.46 74.08 68.25 71.04",
+    "aveqa": "96.71 97.13 96.92 93.62 87.78 90.61 89.66 90.17 89.91 85.31 83.25 84.27",
+    "adatag": "95.26 94.21 94.73 91.68 90.60 91.14 88.23 85.09 86.63 84.37 82.88 83.62",
+    "maveqa": "96.48 97.76 97.11 93.70 88.35 90.95 89.81 91.15 90.47 85.27 84.12 84.69",
+    "mjave": "95.52 94.72 95.12 91.94 89.48 90.69 90.02 90.75 90.38 84.17 82.69 83.42",
+    "pam": "96.39 96.85 96.62 93.63 89.91 91.73 92.41 92.33 92.37 85.01 83.15 84.07",
+    "smartave": "96.87 97.84 97.35 94.55 91.38 92.94 93.39 92.80 93.09 84.82 84.70 84.76",
+}
+TABLE_3 = (  # label, model, the paper's parameters and F1
+    ("Encoder-2L", "smartave-encoder-2", "51M", {"mepave": "89.13", "mave": "91.45"}),
+    ("Encoder-6L", "smartave-encoder-6", "95M", {"mepave": "90.68", "mave": "92.57"}),
+    ("Encoder-12L-share", "smartave-encoder-12-share", "113M", {"mepave": "90.44", "mave": "92.62"}),
+    ("Encoder-12L", "smartave-encoder-12", "161M", {"mepave": "91.52", "mave": "93.69"}),
+    ("Encoder-24L", "smartave-encoder-24", "282M", {"mepave": "91.71", "mave": "93.77"}),
+    ("Decoder-2L", "smartave-decoder-2", "143M", {"mepave": "91.38", "mave": "93.54"}),
+    ("Decoder-4L", "smartave-decoder-4", "161M", {"mepave": "91.52", "mave": "93.69"}),
+    ("Decoder-12L", "smartave-decoder-12", "241M", {"mepave": "91.61", "mave": "93.73"}),
+)
+STATISTICS = {  # Tables 4 and 5: products, instances, attributes, values; MEPAVE's rows carry no category
+    "mepave": {"Total": "34,041 87,194 26 2,129"},
+    "mave": {
+        "Amazon Fashion": "4k 16.6k 18 1.1k",
+        "All Beauty": "4k 17.3k 23 1.3k",
+        "Appliances": "4k 12.5k 16 0.8k",
+        "Books": "4k 12.7k 9 0.8k",
+        "Grocery and Gourmet Food": "4k 9.8k 12 0.7k",
+        "Home and Kitchen": "4k 11.2k 15 0.8k",
+        "Sports and Outdoors": "4k 12.7k 16 0.9k",
+        "Toys and Games": "4k 12.2k 15 1.0k",
+        "Total": "32k 105k 65 3.6k",
+    },
+}
+TABLE_7 = (
+    ("batch 16", "smartave-batch-16", {"mepave": "91.46", "mave": "93.62"}),
+    ("batch 32", "smartave-batch-32", {"mepave": "91.42", "mave": "93.69"}),
+    ("batch 64", "smartave-batch-64", {"mepave": "91.48", "mave": "93.21"}),
+    ("batch 128", "smartave-batch-128", {"mepave": "91.52"}),
+    ("batch 512", "smartave-batch-512", {"mepave": "90.85"}),
+    ("rate 1e-5", "smartave-rate-1e5", {"mepave": "91.62", "mave": "92.95"}),
+    ("rate 2e-5", "smartave-rate-2e5", {"mepave": "91.52", "mave": "93.69"}),
+    ("rate 4e-5", "smartave-rate-4e5", {"mepave": "91.17", "mave": "93.24"}),
+    ("rate 8e-5", "smartave-rate-8e5", {"mepave": "91.03", "mave": "92.86"}),
+    ("rate 2e-4", "smartave-rate-2e4", {"mepave": "90.80", "mave": "92.51"}),
+)
+FIGURE_3 = (
+    ("w/o title", "smartave-no-title"),
+    ("w/o description", "smartave-no-description"),
+    ("w/o specification", "smartave-no-specification"),
+    ("w/o OCR", "smartave-no-ocr"),
+    ("w/o image", "smartave-no-image"),
+    ("all", "smartave"),
+)
+FIGURE_4 = (
+    ("w/o local-to-local", "smartave-no-l2l"),
+    ("w/o hyper-to-local", "smartave-no-h2l"),
+    ("w/o local-to-hyper", "smartave-no-l2h"),
+    ("w/o hyper-to-hyper", "smartave-no-h2h"),
+    ("all", "smartave"),
+)
+FIGURE_5 = tuple((length, f"smartave-length-{length}") for length in (64, 128, 256, 512, 1024, 2048))
+FIGURE_6 = tuple((a, f"smartave-alpha-{str(a).replace('.', '')}") for a in (0, 0.1, 0.6, 1, 10))
+MODELS = tuple(
+    dict.fromkeys(
+        [name for _, name in MAIN]
+        + [row[1] for row in (*FIGURE_3, *FIGURE_4)]
+        + [name for _, name, *_ in (*TABLE_3, *TABLE_7)]
+        + [name for _, name in (*FIGURE_5, *FIGURE_6)]
+    )
+)
+SCORES = (
+    ("F1 (set, micro)", "micro", 2),
+    ("P", "micro", 0),
+    ("R", "micro", 1),
+    ("five-way F1", "five_way", 2),
+    ("positives-only F1", "positives_only", 2),
+    ("chunk F1", "chunk", 2),
+)
+
+
+SCORE = (
+    "F1 in per cent, set-based micro over (product, attribute, value), mean ± standard deviation over seeds."
+)
+EVERY_SCORE = (
+    "All on the same questions. Five-way: MAVE's score of the first value. Positives-only: questions that "
+    "have a value. Chunk: JAVE's, where a value is right only at a labelled place in the text; values said "
+    "without a place are wrong there, so it is a score for taggers. The last column is a paired bootstrap "
+    "over products, 1,000 samples, where the predictions are on this machine."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells; `best` marks the highest number of a column among models, `grey` the paper's number."""
+
+    head: list[str]
+    rows: list[list[str]]
+    best: frozenset[Cell] = frozenset()
+    grey: dict[Cell, str] = field(default_factory=dict)
+    rules: int = 0  # first rows that are no models
+
+
+def gather(found: Sequence[dict[str, Any]], same: Mapping[str, Mapping[str, str]]) -> Results:
+    """Results by corpus and model; a model that is the same as another on a corpus has that one's."""
+    by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in found:
+        by.setdefault((one["corpus"], one["model"]), []).append(one)
+    for corpus, names in same.items():
+        for name, first in names.items():
+            if (corpus, first) in by:
+                by.setdefault((corpus, name), by[corpus, first])
+    return by
+
+
+def percent(values: Sequence[float]) -> str:
+    """`87.30 ± 0.41`, `87.30` of one seed, `not run` of none."""
+    if not values:
+        return NOT_RUN
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def numbers(results: Results, corpus: str, model: str, *keys: Any) -> list[float]:
+    """The number at `keys` of every seed that has one."""
+    found = []
+    for one in results.get((corpus, model), ()):
+        value: Any = one
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else value and value[key]
+        if value is not None:
+            found.append(float(value))
+    return found
+
+
+def highest(rows: Sequence[Sequence[str]], first: int, skip: int = 0) -> frozenset[Cell]:
+    """The best cell of each column from `first` on, of the rows after `skip`."""
+    best: set[Cell] = set()
+    for column in range(first, max((len(row) for row in rows), default=0)):
+        values = {}
+        for number, row in enumerate(rows[skip:], skip):
+            try:
+                values[number] = float(row[column].split()[0])
+            except (ValueError, IndexError):
+                continue
+        if len(values) > 1:
+            top = max(values.values())
+            best |= {(number, column) for number, value in values.items() if value == top}
+    return frozenset(best)
+
+
+# Significance
+
+
+def answers_of(corpus: str, model: str, seeds: Sequence[int]) -> list[Answer] | None:
+    """What a model said on the test split, over seeds; None where predictions are not on this machine."""
+    said: list[Answer] = []
+    for seed in seeds:
+        path = Path("runs", corpus, model, str(seed), "predictions.parquet")
+        if not path.is_file():
+            return None
+        for row in pq.read_table(path).to_pylist():
+            values = [one["value"] for one in row["values"]]
+            said.append(
+                answer(row["item"], row["attribute"], values, row["gold"], row["origins"], row["in_ocr"])
+            )
+    return said
+
+
+def significance(results: Results, corpus: str, model: str, than: str = "smartave") -> str:
+    """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1, and how likely without any."""
+    if model == than or not results.get((corpus, model)) or not results.get((corpus, than)):
+        return "–"
+    seeds = sorted(
+        {one["seed"] for one in results[corpus, model]} & {one["seed"] for one in results[corpus, than]}
+    )
+    first, second = answers_of(corpus, model, seeds), answers_of(corpus, than, seeds)
+    if not first or not second:
+        return "–"
+    found = paired_bootstrap(first, second)
+    p = "p < 0.002" if found["p"] < 0.002 else f"p = {found['p']:.3f}"
+    return f"{100 * found['difference']:+.1f}, {p}"
+
+
+# Tables
+
+
+def main_table(results: Results, corpora: Sequence[str]) -> Table:
+    """Table 1: methods by corpora, the no-learning floor first."""
+    rows, grey = [["no-learning floor", *(floor_of(results, corpus, "micro", 2) for corpus in corpora)]], {}
+    for number, (label, model) in enumerate(MAIN, 1):
+        row = [label]
+        for column, corpus in enumerate(corpora, 1):
+            row.append(percent(numbers(results, corpus, model, "micro", 2)))
+            if corpus in TABLE_1.get(model, {}):
+                grey[number, column] = TABLE_1[model][corpus]
+        rows.append(row)
+    return Table(["method", *corpora], rows, highest(rows, 1, 1), grey, 1)
+
+
+def floor_of(results: Results, corpus: str, *keys: Any) -> str:
+    """The floor is the same for every model of a corpus."""
+    for (its, _), found in results.items():
+        if its == corpus:
+            value: Any = found[0]["floor"]
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else value and value[key]
+            if value is None:
+                return "–"
+            return f"{100 * value:.2f}"
+    return NOT_RUN
+
+
+def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
+    """(label, model): the paper's methods in their order, then the other models that ran there."""
+    listed = [name for _, name in MAIN]
+    others = sorted(model for its, model in results if its == corpus and model not in listed)
+    return [*MAIN, *((name, name) for name in others)]
+
+
+def score_table(results: Results, corpus: str) -> Table:
+    """All models of one corpus on the same questions, every kind of score."""
+    rows = [["no-learning floor", "", *(floor_of(results, corpus, key, at) if key != "chunk" else "–"
+                                        for _, key, at in SCORES), "–"]]  # fmt: skip
+    for label, model in names_of(results, corpus):
+        seeds = len(results.get((corpus, model), ()))
+        row = [percent(numbers(results, corpus, model, key, at)) for _, key, at in SCORES]
+        rows.append([label, str(seeds or NOT_RUN), *row, significance(results, corpus, model)])
+    head = ["method", "seeds", *(title for title, _, _ in SCORES), "F1 less SMARTAVE's, paired bootstrap"]
+    return Table(head, rows, highest([row[:-1] for row in rows], 2, 1), rules=1)
+
+
+def breakdown(results: Results, corpus: str) -> Table:
+    """F1 by where the value stands and by whether our OCR read it."""
+    found = [one for (its, _), all_of in results.items() if its == corpus for one in all_of]
+    groups = [
+        (group, name)
+        for group in ("by_origin", "in_ocr")
+        for name in sorted({name for one in found for name in one[group]})
+    ]
+    titles = {"read": "read by our OCR", "not_read": "not read by our OCR"}
+    counts = {key: next(one[key[0]][key[1]][3] for one in found if key[1] in one[key[0]]) for key in groups}
+    head = ["method", *(f"{titles.get(name, name)} ({counts[group, name]:.0f})" for group, name in groups)]
+    floor = [
+        floor_of(results, corpus, group, name, 2) if group == "by_origin" else "–" for group, name in groups
+    ]
+    rows = [["no-learning floor", *floor]]
+    for label, model in names_of(results, corpus):
+        rows.append([label, *(percent(numbers(results, corpus, model, g, name, 2)) for g, name in groups)])
+    return Table(head, rows, highest(rows, 1, 1), rules=1)
+
+
+def attribute_table(results: Results, corpus: str) -> Table:
+    """Table 2: precision, recall, F1 of four attributes: the paper's where the corpus has them, else those
+    with most values."""
+    found = [one["by_attribute"] for (its, _), all_of in results.items() if its == corpus for one in all_of]
+    counts = {name: score[3] for one in found for name, score in one.items()}
+    often = sorted(counts, key=lambda name: (-counts[name], name))
+    chosen = [name for name in ATTRIBUTES if name in counts] if corpus == "mave" else []
+    chosen = (chosen + [name for name in often if name not in chosen])[:4]
+    head = ["method", *(f"{name} {part}" for name in chosen for part in ("P", "R", "F1"))]
+    rows: list[list[str]] = []
+    grey: dict[Cell, str] = {}
+    for number, (label, model) in enumerate(MAIN):
+        of = [
+            percent(numbers(results, corpus, model, "by_attribute", n, at)) for n in chosen for at in range(3)
+        ]
+        rows.append([label, *of])
+        if corpus == "mave" and chosen == list(ATTRIBUTES) and model in TABLE_2:
+            grey |= {(number, column): text for column, text in enumerate(TABLE_2[model].split(), 1)}
+    return Table(head, rows, highest(rows, 1), grey)
+
+
+def layers_table(results: Results, corpora: Sequence[str]) -> Table:
+    """Table 3: layers, parameters (all; without the tables of embeddings), F1, training time."""
+    rows: list[list[str]] = []
+    grey: dict[Cell, str] = {}
+    for number, (label, model, size, paper) in enumerate(TABLE_3):
+        costs = [one["cost"] for corpus in corpora for one in results.get((corpus, model), ())]
+        sizes = (
+            f"{millions(costs[0]['parameters'])} ({millions(costs[0]['without_embeddings'])})"
+            if costs
+            else "–"
+        )
+        row = [label, sizes]
+        if set(corpora) & {"mave", "mepave"}:
+            grey[number, 1] = size
+        for corpus in corpora:
+            if corpus in paper:
+                grey[number, len(row)] = paper[corpus]
+            row.append(percent(numbers(results, corpus, model, "micro", 2)))
+            row.append(duration(numbers(results, corpus, model, "cost", "training_s")))
+        rows.append(row)
+    head = ["SMARTAVE", "parameters (without embeddings)"]
+    return Table(
+        head + [text for corpus in corpora for text in (f"{corpus} F1", "training")], rows, grey=grey
+    )
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e6:.1f}M"
+
+
+def duration(seconds: Sequence[float]) -> str:
+    """`1 h 14 min`, `53 min`, `88 s`; a dash where nobody looked at the clock."""
+    if not seconds:
+        return "–"
+    mean = statistics.fmean(seconds)
+    hours, minutes = divmod(round(mean / 60), 60)
+    if mean < 600:
+        return f"{mean:.0f} s"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def search_table(results: Results, corpora: Sequence[str]) -> Table:
+    """Table 7: batch sizes and learning rates."""
+    rows: list[list[str]] = []
+    grey: dict[Cell, str] = {}
+    for number, (label, model, paper) in enumerate(TABLE_7):
+        row = [label]
+        for column, corpus in enumerate(corpora, 1):
+            row.append(percent(numbers(results, corpus, model, "micro", 2)))
+            if corpus in paper:
+                grey[number, column] = paper[corpus]
+        rows.append(row)
+    return Table(["SMARTAVE with", *corpora], rows, highest(rows, 1), grey)
+
+
+def statistics_table(corpus: str) -> Table:
+    """Tables 4 and 5: products, instances (evidences, and values without one), attributes, values."""
+    counts: dict[str, dict[str, Any]] = {}
+    columns = ["item", "root_category", "category", "attributes"]
+    for batch in pq.ParquetFile(Path("data", corpus, "products.parquet")).iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            for name in (row["root_category"] or row["category"] or "(none)", "Total"):
+                of = counts.setdefault(
+                    name, {"products": set(), "instances": 0, "attributes": set(), "values": set()}
+                )
+                of["products"].add(row["item"])
+                for one in row["attributes"]:
+                    spelled = {normalise(evidence["value"]) for evidence in one["evidences"]}
+                    bare = [value for value in one["values"] if normalise(value) not in spelled]
+                    of["instances"] += len(one["evidences"]) + len(bare)
+                    if one["values"] or one["evidences"]:
+                        of["attributes"].add(one["key"])
+                        of["values"] |= {normalise(value) for value in one["values"]} | spelled
+    total = counts.pop("Total")
+    shown = sorted(counts.items(), key=lambda one: (-len(one[1]["products"]), one[0]))
+    grey: dict[Cell, str] = {}
+    rows: list[list[str]] = []
+    for name, of in [*shown[:20], ("Total", total)]:
+        for column, text in enumerate(STATISTICS.get(corpus, {}).get(name, "").split(), 1):
+            grey[len(rows), column] = text
+        sizes = (len(of["products"]), of["instances"], len(of["attributes"]), len(of["values"]))
+        rows.append([name, *(f"{size:,}" for size in sizes)])
+    if len(shown) > 20:
+        rows.insert(20, [f"({len(shown) - 20} more)", *[""] * 4])
+        grey = {(row + (row == 20), column): text for (row, column), text in grey.items()}
+    return Table(["category", "# product", "# instance", "# attribute", "# value"], rows, grey=grey)
+
+
+# Figures
+
+
+def bar_figure(
+    results: Results, corpora: Sequence[str], models: Sequence[tuple[str, str]], title: str
+) -> str:
+    """Figures 3 and 4: one bar per variant and corpus; "" where none ran."""
+    groups = {
+        label: {
+            corpus: 100 * statistics.fmean(f1) for corpus in corpora if (f1 := of(results, corpus, model))
+        }
+        for label, model in models
+    }
+    groups = {label: one for label, one in groups.items() if one}
+    return charts.bars(groups, {}, title=title, percent=True) if groups else ""
+
+
+def line_figure(
+    results: Results, corpora: Sequence[str], points: Sequence[tuple[float, str]], title: str, axis: str
+) -> str:
+    """Figures 5 and 6: F1 over a setting, one line per corpus; "" where none ran."""
+    lines = {
+        corpus: [
+            (x, 100 * statistics.fmean(f1), 100 * statistics.stdev(f1) if len(f1) > 1 else 0.0)
+            for x, model in points
+            if (f1 := of(results, corpus, model))
+        ]
+        for corpus in corpora
+    }
+    lines = {corpus: found for corpus, found in lines.items() if found}
+    return charts.lines(lines, title=title, axis=axis, doubling=axis == "maximal length") if lines else ""
+
+
+def of(results: Results, corpus: str, model: str) -> list[float]:
+    return numbers(results, corpus, model, "micro", 2)
+
+
+def missing(results: Results, corpora: Sequence[str], models: Sequence[tuple[Any, str]]) -> str:
+    """What of a figure was not run."""
+    gone = [
+        f"{label} ({corpus})" for corpus in corpora for label, name in models if not of(results, corpus, name)
+    ]
+    if not corpora:
+        return "Not run."
+    return f"Not run: {', '.join(gone)}." if gone else ""
+
+
+def everything(results: Results) -> tuple[list[tuple[str, str, Table]], list[tuple[str, str, str]]]:
+    """Tables as (title, note, table), figures as (title, note, SVG)."""
+    corpora = list(dict.fromkeys(corpus for corpus, _ in results))
+    theirs = [corpus for corpus in corpora if corpus in ("mave", "mepave")]
+    beside = (
+        f"Grey: the paper's numbers, on {' and '.join(theirs)}."
+        if theirs
+        else "None of these corpora is the paper's, so its numbers do not stand beside ours."
+    )
+    tables = [("Table 1: overall", f"{SCORE} {beside}", main_table(results, corpora))]
+    for corpus in corpora:
+        tables += [
+            (f"Table 1, {corpus}: every score", EVERY_SCORE, score_table(results, corpus)),
+            (f"By origin of the value, {corpus}", "F1; in brackets, values.", breakdown(results, corpus)),
+            (f"Table 2: attributes, {corpus}", beside, attribute_table(results, corpus)),
+        ]
+    tables.append(("Table 3: layers", f"{SCORE} {beside}", layers_table(results, corpora)))
+    for corpus in corpora:
+        if Path("data", corpus, "products.parquet").is_file():
+            name = {"mepave": "Table 4", "mave": "Table 5"}.get(corpus, "Tables 4 and 5 for")
+            tables.append((f"{name} {corpus}: statistics", "", statistics_table(corpus)))
+    tables.append(
+        ("Table 7: batch size and learning rate", f"{SCORE} {beside}", search_table(results, corpora))
+    )
+    figures = []
+    for number, title, bars in ((3, "without one modality", FIGURE_3), (4, "without one pattern", FIGURE_4)):
+        drawn = bar_figure(results, corpora, bars, f"Figure {number}: {title}")
+        figures.append((f"Figure {number}: {title}", missing(results, corpora, bars), drawn))
+    for number, title, points in ((5, "maximal length", FIGURE_5), (6, "alpha", FIGURE_6)):
+        drawn = line_figure(results, corpora, points, f"Figure {number}: {title}", title)
+        figures.append((f"Figure {number}: {title}", missing(results, corpora, points), drawn))
+    return tables, figures

@@ -1,0 +1,109 @@
+"""What is kept of every finished cell: docs/results/CORPUS/MODEL/SEED.json, under 2 kB, in Git.
+
+Runs on different days and machines add up there, and the report's tables are made from nothing else. A file
+says which settings (`settings`, a digest) at which commit gave its numbers.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import COSTS
+from pipeline import params
+from pipeline.disk import atomically
+from pipeline.provenance import digest
+
+RESULTS = Path("docs/results")
+MAX_BYTES = 2048
+ATTRIBUTES_KEPT = 8  # those with most values; the paper's Table 2 shows four
+FOUR = ("precision", "recall", "f1", "count")
+STAGES = ("products", "images", "ocr", "regions", "evaluate")
+
+
+def settings_digest(corpus: str, model: str) -> str:
+    """Of the resolved settings that a cell's numbers depend on; not of code, which `commit` tells."""
+    cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
+    cell.pop("code", None)
+    files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
+    stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+    return digest([cell, stages])[:16]
+
+
+def commit() -> str | None:
+    """The commit that the working tree stands on, with "+" where it differs; None outside Git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "params.yaml"])
+    except FileNotFoundError:
+        return None
+    return head.stdout.strip() + "+" * (dirty.returncode != 0) if head.returncode == 0 else None
+
+
+def size(model: Any) -> dict[str, int]:
+    """Parameters, all and without the tables of embeddings."""
+    import torch
+
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding | torch.nn.EmbeddingBag)]
+    embedded = sum(one.weight.numel() for one in tables)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": total, "without_embeddings": total - embedded}
+
+
+def four(score: dict[str, Any] | None) -> list[float] | None:
+    """Precision, recall, F1 and count."""
+    return None if score is None else [round(float(score[name]), 4) for name in FOUR]
+
+
+def kept(scores: dict[str, Any]) -> dict[str, Any]:
+    """The part of a metrics file, or of its floor, that is kept."""
+    often = sorted(scores["by_attribute"].items(), key=lambda one: (-one[1]["count"], one[0]))
+    groups = {
+        "by_origin": scores["by_origin"],
+        "in_ocr": scores["in_ocr"],
+        "by_attribute": dict(often[:ATTRIBUTES_KEPT]),
+    }
+    named = {name: scores[name] for name in ("five_way", "positives_only", "chunk") if name in scores}
+    return {
+        "micro": four(scores),
+        **{name: four(score) for name, score in named.items()},
+        **{group: {name: four(one) for name, one in found.items()} for group, found in groups.items()},
+    }
+
+
+def keep(corpus: str, model: str, seed: int, scores: dict[str, Any], sizes: dict[str, int]) -> Path:
+    """Write the result of one cell.
+
+    Raises `ValueError` when it is over MAX_BYTES even without its attributes.
+    """
+    costs = COSTS / corpus / model / f"{seed}.json"
+    floor = kept(scores["floor"])
+    content = {
+        "corpus": corpus,
+        "model": model,
+        "seed": seed,
+        "settings": settings_digest(corpus, model),
+        "commit": commit(),
+        "weights": scores.get("made_with", {}).get("weights"),
+        "cost": sizes | (json.loads(costs.read_text()) if costs.is_file() else {}),
+        **kept(scores),
+        "floor": {name: floor[name] for name in ("micro", "five_way", "positives_only", "by_origin")},
+    }
+    while len(text := json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n") > MAX_BYTES:
+        if not content["by_attribute"]:
+            raise ValueError(f"the result of {corpus} {model} {seed} has {len(text)} bytes, over {MAX_BYTES}")
+        content["by_attribute"].popitem()
+    path = RESULTS / corpus / model / f"{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def cells(corpora: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """All results that are kept, of these corpora or of all, sorted by corpus, model and seed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*/*/*.json")]
+    wanted = None if corpora is None else set(corpora)
+    chosen = [one for one in found if wanted is None or one["corpus"] in wanted]
+    return sorted(chosen, key=lambda one: (one["corpus"], one["model"], one["seed"]))

@@ -1,0 +1,151 @@
+"""What is kept of a cell, and what the paper's tables make of it."""
+
+import json
+import subprocess
+
+import pytest
+
+from model import paper, results
+from model.results import keep, settings_digest
+
+SCORE = {"precision": 0.51234, "recall": 0.5, "f1": 0.50609, "count": 40}
+
+
+def whole(f1=0.5, attributes=3):
+    one = SCORE | {"f1": f1}
+    scores = {
+        **one,
+        "five_way": one,
+        "positives_only": one,
+        "chunk": one,
+        "by_origin": {"text": one, "visible": SCORE},
+        "in_ocr": {"read": one},
+        "by_attribute": {f"Attribute {i}": one | {"count": i} for i in range(attributes)},
+    }
+    return scores | {
+        "floor": scores | {"f1": 0.1},
+        "made_with": {"weights": {"words": "minilm", "regions": "random"}},
+    }
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smartave", "pam"):
+        path = tmp_path / "config" / "mine" / "models" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"architecture": f"model.{name}", "code": "1", "settings": {}}))
+    (tmp_path / "config" / "mine" / "ocr.json").write_text("{}")
+    return tmp_path
+
+
+SIZES = {"parameters": 12_300_000, "without_embeddings": 1_000_000}
+
+
+def test_a_result_says_its_numbers_and_what_gave_them(project):
+    costs = project / ".cache" / "costs" / "mine" / "pam" / "0.json"
+    costs.parent.mkdir(parents=True)
+    costs.write_text('{"training_s": 88.0, "examples": 900, "device": "cpu"}')
+    path = keep("mine", "pam", 0, whole(), SIZES)
+    assert path.as_posix() == "docs/results/mine/pam/0.json"
+    kept = json.loads(path.read_text())
+    assert kept["micro"] == [0.5123, 0.5, 0.5, 40]
+    assert kept["floor"]["micro"][2] == 0.1
+    assert kept["by_origin"]["visible"][2] == 0.5061
+    assert kept["cost"] == SIZES | {"training_s": 88.0, "examples": 900, "device": "cpu"}
+    assert kept["settings"] == settings_digest("mine", "pam")
+    assert kept["commit"] is None  # there is no repository here
+    assert results.cells() == [kept]
+    assert results.cells(["other"]) == []
+
+
+def test_a_result_stays_under_two_kilobytes_by_leaving_attributes_out(project):
+    kept = keep("mine", "pam", 0, whole(attributes=50), SIZES)
+    assert kept.stat().st_size <= 2048
+    shown = json.loads(kept.read_text())["by_attribute"]
+    assert next(iter(shown)) == "Attribute 49"  # the one with most values
+    scores = whole() | {"by_origin": {f"origin {i}": SCORE for i in range(90)}}
+    with pytest.raises(ValueError, match="bytes, over 2048"):
+        keep("mine", "pam", 0, scores, SIZES)
+
+
+def test_the_settings_digest_follows_settings_and_not_code(project):
+    before = settings_digest("mine", "pam")
+    path = project / "config" / "mine" / "models" / "pam.json"
+    path.write_text(path.read_text().replace('"1"', '"2"'))
+    assert settings_digest("mine", "pam") == before
+    (project / "config" / "mine" / "ocr.json").write_text('{"canvas_px": 9}')
+    assert settings_digest("mine", "pam") != before
+
+
+def test_the_commit_says_when_code_differs_from_it(project, workspace, monkeypatch):
+    monkeypatch.chdir(workspace.folder)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert head.startswith(results.commit())
+    workspace.edit("model/results.py", "MAX_BYTES = 2048", "MAX_BYTES = 2047")
+    assert results.commit() == head[:12] + "+"
+
+
+@pytest.fixture
+def found(project):
+    for seed, f1 in ((0, 0.8), (1, 0.9)):
+        keep("mine", "smartave", seed, whole(f1), SIZES)
+    keep("mine", "pam", 0, whole(0.7), SIZES)
+    path = project / "config" / "mave" / "models" / "pam.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    keep("mave", "pam", 0, whole(0.6), SIZES)
+    return paper.gather(results.cells(), {"mine": {"smartave-alpha-06": "smartave"}})
+
+
+def test_table_one_has_the_floor_first_and_the_paper_s_numbers_on_its_corpus_only(found):
+    table = paper.main_table(found, ["mave", "mine"])
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.rows[0] == ["no-learning floor", "10.00", "10.00"]
+    assert rows["SMARTAVE"] == ["not run", "85.00 ± 7.07"]
+    assert rows["PAM"] == ["60.00", "70.00"]
+    assert rows["AVEQA"] == ["not run", "not run"]
+    pam = [row[0] for row in table.rows].index("PAM")
+    assert table.grey[pam, 1] == "91.51 ± 0.37"
+    assert {column for _, column in table.grey} == {1}
+    assert table.best == {([row[0] for row in table.rows].index("SMARTAVE"), 2)}
+
+
+def test_a_variant_that_is_its_base_has_its_base_s_numbers(found):
+    assert paper.of(found, "mine", "smartave-alpha-06") == [0.8, 0.9]
+    assert paper.of(found, "mine", "smartave-alpha-1") == []
+    assert "0 (mine)" in paper.missing(found, ["mine"], paper.FIGURE_6)
+    assert "0.6 (mine)" not in paper.missing(found, ["mine"], paper.FIGURE_6)
+
+
+def test_every_table_and_figure_of_the_paper_is_there(found):
+    tables, figures = paper.everything(found)
+    titles = " ".join(title for title, _, _ in tables)
+    assert all(f"Table {number}" in titles for number in (1, 2, 3, 7))
+    assert [title[:8] for title, _, _ in figures] == ["Figure 3", "Figure 4", "Figure 5", "Figure 6"]
+    assert "<svg" in figures[0][2]
+    for title, _, table in tables:
+        assert all(len(row) == len(table.head) for row in table.rows), title
+
+
+def test_the_paper_s_own_table_two_is_whole():
+    assert all(len(text.split()) == 12 for text in paper.TABLE_2.values())
+    for model, text in paper.TABLE_2.items():
+        p, r, f1 = (float(one) for one in text.split()[:3])
+        assert abs(2 * p * r / (p + r) - f1) < 0.02, model
+
+
+def test_durations_are_said_as_the_paper_says_them():
+    assert paper.duration([88.4]) == "88 s"
+    assert paper.duration([53 * 60]) == "53 min"
+    assert paper.duration([74 * 60]) == "1 h 14 min"
+    assert paper.duration([]) == "–"
+
+
+def test_every_model_of_the_tables_is_declared():
+    from conftest import ROOT
+
+    from model import config
+
+    declared = config.read(ROOT / "params.yaml")["models"]
+    assert set(paper.MODELS) <= set(declared)
