@@ -10,7 +10,7 @@ Padding comes last in both.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,22 +81,44 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return weights * mask
 
 
+class Shared(nn.ModuleDict):
+    """One module under every name."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return super().__getitem__("shared")
+
+
 class StructuredAttention(nn.Module):
     """Four attention patterns with their own Q and K, values shared per token type.
 
     z_H = A_H2H (X_H W_V^H) + A_H2L (X_L W_V^L)
     z_L = A_L2L (X_L W_V^L) + A_L2H (X_H W_V^H)
 
-    Each A is a softmax of its own (section 3.4); the paper's sqrt(d) is per head here.
+    Each A is a softmax of its own (section 3.4); the paper's sqrt(d) is per head here. For the paper's
+    ablations, patterns in `without` are left out (Figure 4), and with `shared` all have one Q and one K
+    ("12L-share" in Table 3).
     """
 
     patterns = ("h2h", "h2l", "l2h", "l2l")
 
-    def __init__(self, *, hidden_size: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        without: Collection[str] = (),
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.ModuleDict({p: nn.Linear(hidden_size, hidden_size) for p in self.patterns})
-        self.key = nn.ModuleDict({p: nn.Linear(hidden_size, hidden_size) for p in self.patterns})
+        self.num_heads, self.without = num_heads, frozenset(without)
+
+        def maps() -> nn.ModuleDict:
+            if shared:
+                return Shared({"shared": nn.Linear(hidden_size, hidden_size)})
+            return nn.ModuleDict({p: nn.Linear(hidden_size, hidden_size) for p in self.patterns})
+
+        self.query, self.key = maps(), maps()
         self.value_hyper = nn.Linear(hidden_size, hidden_size)
         self.value_local = nn.Linear(hidden_size, hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
@@ -106,6 +128,8 @@ class StructuredAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
 
     def _attend(self, pattern: str, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        if pattern in self.without:
+            return torch.zeros_like(queries)
         q = self._split(self.query[pattern](queries))
         k = self._split(self.key[pattern](keys))
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -128,9 +152,20 @@ class StructuredAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Structured attention, then a feed-forward network; residual and LayerNorm after each, as in BERT."""
 
-    def __init__(self, *, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float) -> None:
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        without: Collection[str] = (),
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention = StructuredAttention(hidden_size=hidden_size, num_heads=num_heads, dropout=dropout)
+        self.attention = StructuredAttention(
+            hidden_size=hidden_size, num_heads=num_heads, dropout=dropout, without=without, shared=shared
+        )
         self.attention_norm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.intermediate = nn.Linear(hidden_size, intermediate_size)
         self.output = nn.Linear(intermediate_size, hidden_size)
@@ -169,7 +204,15 @@ class Encoder(nn.Module):
     """A stack of identical layers over the embedded hyper- and local-tokens."""
 
     def __init__(
-        self, *, num_layers: int, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        without: Collection[str] = (),
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -178,6 +221,8 @@ class Encoder(nn.Module):
                 num_heads=num_heads,
                 intermediate_size=intermediate_size,
                 dropout=dropout,
+                without=without,
+                shared=shared,
             )
             for _ in range(num_layers)
         )

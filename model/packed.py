@@ -129,7 +129,9 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     batch, num_hyper = packing.hyper_row.shape
     dense = of_hyper.index_select(0, packing.hyper_row.flatten()).view(batch, num_hyper, 5, heads, -1)
     queries, keys, values = dense[:, :, :3].permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
-    z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
+    z_hyper = torch.zeros_like(queries)
+    if "h2h" not in attention.without:
+        z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
     z_hyper = z_hyper.transpose(1, 2).flatten(2).flatten(0, 1)
 
     counts = [count for count, _ in packing.groups]
@@ -146,10 +148,14 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
             part.view(count, length, heads, -1).transpose(1, 2) for part in parts
         )
         values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
-        z = attend(queries, keys, values, dropout)
-        z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, mask)
+        z = torch.zeros_like(queries)
+        if "l2l" not in attention.without:
+            z = attend(queries, keys, values, dropout)
+        if "l2h" not in attention.without:
+            z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
-        gathered.append(attend(ask[:, :, None], to_local, values, dropout).flatten(1))  # (S, D)
+        if "h2l" not in attention.without:
+            gathered.append(attend(ask[:, :, None], to_local, values, dropout).flatten(1))  # (S, D)
     if gathered:
         z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
     return torch.cat([z_hyper.index_select(0, packing.hyper_at), *z_local])

@@ -102,6 +102,7 @@ class Processor:
         joint: whether questions about one product, one after another, are one row of a batch. The length of
             the attribute's name then takes nothing from the product's text.
         region_width: width of a region's feature.
+        without: kinds of paragraphs (title, description, feature, other) that the model does not see.
     """
 
     FILE = "processor_config.json"
@@ -116,7 +117,9 @@ class Processor:
         max_output_length: int,
         region_width: int,
         joint: bool = False,
+        without: Sequence[str] = (),
     ) -> None:
+        self.without = list(without)
         self.tokenizer = tokenizer
         self.image, self.ocr, self.joint = image, ocr, joint
         self.max_length, self.max_output_length = max_length, max_output_length
@@ -134,7 +137,7 @@ class Processor:
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
-        names = ("image", "ocr", "joint", "max_length", "max_output_length", "region_width")
+        names = ("image", "ocr", "joint", "max_length", "max_output_length", "region_width", "without")
         settings = {name: getattr(self, name) for name in names}
         (Path(folder) / self.FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -158,8 +161,9 @@ class Processor:
         attribute = Segment("attribute", FIRST_SLOT["attribute"], self._ids(question.attribute))
         segments = [attribute]
         texts = [
-            (source if source in SLOTS else "other", "text", index, text)
+            (kind, "text", index, text)
             for index, (text, source) in enumerate(product.paragraphs)
+            if (kind := source if source in SLOTS else "other") not in self.without
         ]
         if self.ocr:
             texts += [("ocr", "ocr", index, line.text) for index, line in enumerate(product.ocr)]

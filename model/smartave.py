@@ -6,8 +6,8 @@ is there. Without `joint`, A is 1 and Q is B.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,10 +26,15 @@ from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
 from model.pretrained import checkpoint_path, start_tokenizer
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
+from model.standardise import measured, standardised
 from model.tagging import Tagger, batch_mean
 from pipeline import params
 
 __all__ = ["Config", "Model", "Processor", "Settings"]
+
+
+TextKind = Literal["title", "description", "feature", "other"]
+Pattern = Literal["h2h", "h2l", "l2h", "l2l"]
 
 
 class Settings(params.Settings):
@@ -40,7 +45,7 @@ class Settings(params.Settings):
     pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
     pretrained_layers: bool = False
     tokenizer: str = "pretrained"  # or another checkpoint's, or "characters": those of the training split
-    region_components: int | None = Field(None, ge=1)  # see Model.measure_regions; null: the features as such
+    region_components: int | None = Field(None, ge=1)  # see model.standardise; null: the features as such
     hidden_size: int = Field(768, ge=1)
     encoder_layers: int = Field(12, ge=1)
     encoder_heads: int = Field(12, ge=1)
@@ -54,6 +59,9 @@ class Settings(params.Settings):
     alpha: float = Field(0.6, ge=0)
     joint: bool = False  # all attributes of a product in one pass; the paper asks one by one
     packed: bool = True  # false: the encoder in reference form, the same numbers slower
+    without_texts: tuple[TextKind, ...] = ()  # Figure 3: kinds of paragraphs the model does not see
+    without_patterns: tuple[Pattern, ...] = ()  # Figure 4: attention patterns left out
+    shared_query_key: bool = False  # Table 3: one Q and one K for the four patterns
 
 
 class Config(PretrainedConfig):
@@ -80,6 +88,8 @@ class Config(PretrainedConfig):
         alpha: float = 0.6,
         joint: bool = False,
         packed: bool = True,
+        without_patterns: Sequence[str] = (),
+        shared_query_key: bool = False,
         begin_token: int = 101,
         end_token: int = 102,
         **kwargs,
@@ -91,6 +101,7 @@ class Config(PretrainedConfig):
         self.decoder_layers, self.decoder_heads = decoder_layers, decoder_heads
         self.max_output_length, self.beam_width, self.alpha = max_output_length, beam_width, alpha
         self.joint, self.packed = joint, packed
+        self.without_patterns, self.shared_query_key = list(without_patterns), shared_query_key
         self.begin_token, self.end_token = begin_token, end_token
         super().__init__(**kwargs)
 
@@ -132,6 +143,8 @@ class Model(PreTrainedModel):
             num_heads=config.encoder_heads,
             intermediate_size=config.intermediate_size,
             dropout=config.dropout,
+            without=config.without_patterns,
+            shared=config.shared_query_key,
         )
         self.decoder = CopyDecoder(
             num_layers=config.decoder_layers,
@@ -174,8 +187,10 @@ class Model(PreTrainedModel):
             max_output_length=settings.max_output_length,
             region_width=region_width,
             joint=settings.joint,
+            without=settings.without_texts,
         )
-        names = set(Settings.model_fields) - {"image", "ocr", "pretrained", "pretrained_layers", "tokenizer"}
+        seen = {"image", "ocr", "without_texts"}
+        names = set(Settings.model_fields) - seen - {"pretrained", "pretrained_layers", "tokenizer"}
         config = Config(
             vocab_size=len(tokenizer),
             max_position=max(settings.max_length, 512),
@@ -211,36 +226,14 @@ class Model(PreTrainedModel):
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:
-        """Centre and scale of region features, from the whole pictures of the training products.
-
-        Of these and not of all regions: where a box stands changes features more than what the picture
-        shows, and would drown it. By default each feature gets unit variance. With `region_components`, so
-        many principal components get it, smaller ones less (variances below a thousandth of the largest are
-        raised to about that before dividing). Either way W_p absorbs the map: it changes where training
-        starts and how fast it goes, and with fewer components than features it leaves the smallest ones out.
-        """
-        products = {q.product.asin: q.product.regions for q in questions}
-        wholes = [regions[-1] for regions in products.values() if regions is not None]
-        if not wholes:
-            return
-        features = np.stack(wholes).astype(np.float64)
-        centred = features - features.mean(0)
-        if self.region_axes.dim() == 1:
-            std = centred.std(0)
-            axes = 1 / np.where(std < 1e-6, 1.0, std)
-        else:
-            variances, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
-            variances, vectors = variances[::-1], vectors[:, ::-1]  # largest first
-            kept = min(self.region_axes.shape[1], int((variances > 1e-9 * variances[0]).sum()))
-            axes = np.zeros(self.region_axes.shape)
-            axes[:, :kept] = vectors[:, :kept] / np.sqrt(variances[:kept] + 1e-3 * variances[0])
-        self.region_mean.copy_(torch.from_numpy(features.mean(0)))
-        self.region_axes.copy_(torch.from_numpy(axes))
+        """Let region features start standardised (`model.standardise`), which W_p absorbs."""
+        mean, axes = measured(questions, tuple(self.region_axes.shape))
+        self.region_mean.copy_(mean)
+        self.region_axes.copy_(axes)
 
     def standardise(self, features: Tensor) -> Tensor:
         """(..., region_width) to what W_p takes, (..., region_components or region_width)."""
-        centred = features - self.region_mean
-        return centred @ self.region_axes if self.region_axes.dim() == 2 else centred * self.region_axes
+        return standardised(features, self.region_mean, self.region_axes)
 
     def words(self, ids: Tensor) -> Tensor:
         """Word embeddings (..., D).

@@ -77,12 +77,12 @@ def test_the_whole_picture_comes_first_and_boxes_fill_the_rest():
 
 
 def test_regions_are_standardised_by_whole_pictures():
-    standard = inputs.Regions(2)
+    standard = inputs.Regions(2, None)
     asked = [
         Question(Product(asin, asin, "", (), (), None, np.array([[9, 9], whole], np.float16)), "A")
         for asin, whole in (("X", [1, 5]), ("X", [1, 5]), ("Y", [3, 5]))
     ]
     standard.measure(asked)
     assert standard.mean.tolist() == [2, 5]
-    assert standard.std.tolist() == [1, 1]
+    assert standard.axes.tolist() == [1, 1]
     assert standard(torch.tensor([[4.0, 6.0]])).tolist() == [[2, 1]]

@@ -120,3 +120,31 @@ def test_padding_changes_nothing():
     )
     torch.testing.assert_close(padded[0][:, :2], alone[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(padded[1][:, :3], alone[1], rtol=0, atol=1e-12)
+
+
+def test_a_pattern_left_out_adds_nothing_and_the_others_stay():
+    torch.manual_seed(0)
+    whole = StructuredAttention(hidden_size=8, num_heads=2, dropout=0.0)
+    hyper, local = torch.randn(1, 2, 8), torch.randn(1, 3, 8)
+    masks = structured_masks(torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 0, 1]]))
+    nothing = whole.output(torch.zeros(8))
+
+    def outputs(*without):
+        part = StructuredAttention(hidden_size=8, num_heads=2, dropout=0.0, without=without)
+        part.load_state_dict(whole.state_dict())
+        return part(hyper, local, masks)
+
+    z_hyper, z_local = whole(hyper, local, masks)
+    for pair, token_type, z in ((("h2h", "h2l"), 0, z_hyper), (("l2l", "l2h"), 1, z_local)):
+        first, second = (outputs(pattern) for pattern in pair)
+        torch.testing.assert_close(first[token_type] + second[token_type] - nothing, z)
+        torch.testing.assert_close(outputs(*pair)[token_type], nothing.expand_as(z))
+        torch.testing.assert_close(first[1 - token_type], (z_hyper, z_local)[1 - token_type])
+
+
+def test_shared_queries_and_keys_are_one_matrix_each():
+    attention = StructuredAttention(hidden_size=8, num_heads=2, dropout=0.0, shared=True)
+    assert attention.query["h2h"] is attention.query["l2l"]
+    assert attention.query["h2h"] is not attention.key["h2h"]
+    matrices = sum(parameter.dim() == 2 for parameter in attention.parameters())
+    assert matrices == 5  # Q, K, two V and the output, where otherwise there are eleven

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.encoder import Encoder
+from model.encoder import Encoder, StructuredAttention
 from model.packed import LONG, pack, packed_encoder
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
@@ -42,13 +42,19 @@ def test_the_packing_of_two_rows_is_this():
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches, st.integers(0, 2**31), st.booleans())
-def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint):
+@given(
+    batches,
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.sets(st.sampled_from(StructuredAttention.patterns)),
+    st.booleans(),
+)
+def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, without, shared):
     generator = torch.Generator().manual_seed(seed)
     hyper_mask, segment = padded(batch, generator)
     private = torch.rand(hyper_mask.shape, generator=generator) < 0.5 if joint else None
     torch.manual_seed(seed)
-    encoder = Encoder(**SIZES).double()
+    encoder = Encoder(**SIZES, without=without, shared=shared).double()
     hyper = torch.randn(*hyper_mask.shape, 8, dtype=torch.float64, requires_grad=True)
     local = torch.randn(*segment.shape, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn_like(hyper), torch.randn_like(local)

@@ -180,3 +180,14 @@ def test_saved_and_loaded_it_does_the_same(tokenizer, tmp_path):
     assert loaded.encode(question).segments == processor.encode(question).segments
     assert loaded.encode(question).targets == processor.encode(question).targets
     assert (loaded.image, loaded.ocr, loaded.max_length) == (False, True, 64)
+
+
+def test_kinds_of_text_that_the_model_shall_not_see_are_left_out(tokenizer):
+    question = ask(
+        [("Red mug", "title"), ("It is red", "description"), ("brand Acme", "brand")],
+        values=["Red"],
+        evidences=[Evidence("Red", 0, 0, 3), Evidence("red", 1, 6, 9)],
+    )
+    example = make(tokenizer, without=("title", "other")).encode(question)
+    assert [segment.kind for segment in example.segments] == ["attribute", "description"]
+    assert example.tags == [[O, O, B]]

@@ -101,6 +101,19 @@ def test_a_model_loaded_from_disk_says_the_same(trained, tmp_path):
     assert loaded.extract([again.encode(question) for question in questions], again) == want
 
 
+def test_a_model_with_parts_left_out_trains_and_comes_back_from_disk(tmp_path):
+    ablated = {"without_texts": ["title"], "without_patterns": ["h2h"], "shared_query_key": True}
+    model, processor = train(TINY | ablated, dozen(), 2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, again = Model.from_pretrained(tmp_path).eval(), Processor.from_pretrained(tmp_path)
+    assert again.without == ["title"]
+    assert loaded.encoder.layers[0].attention.without == {"h2h"}
+    questions = dozen()[:4]
+    want = model.extract([processor.encode(question) for question in questions], processor)
+    assert loaded.extract([again.encode(question) for question in questions], again) == want
+
+
 def test_equal_seeds_give_equal_weights_and_others_do_not():
     settings = TINY | {"dropout": 0.1}
     one, two, other = (train(settings, dozen(), 2, seed)[0].state_dict() for seed in (1, 1, 2))

@@ -32,6 +32,7 @@ from transformers import (
 from model.examples import Extraction, Product, Question, Source
 from model.metrics import normalise, words
 from model.pretrained import checkpoint_path, start_tokenizer
+from model.standardise import measured, standardised
 from pipeline import params
 
 IGNORED = -100
@@ -349,32 +350,28 @@ def register(config: type[PretrainedConfig], model: type[Baseline]) -> None:
 
 
 class Regions(nn.Module):
-    """Standardises region features by the whole pictures of the training split: an affine map, never trained.
+    """Standardises region features as SMARTAVE does (`model.standardise`): an affine map, never trained.
 
-    As for SMARTAVE: of all regions it would tell where a box stands, not what it shows.
+    Out come `size` numbers: `components`, or as many as features.
     """
 
     mean: Tensor
-    std: Tensor
+    axes: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, components: int | None) -> None:
         super().__init__()
+        self.size = components or width
         self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
+        self.register_buffer("axes", torch.ones((width, components) if components else (width,)))
 
     @torch.no_grad()
     def measure(self, questions: Sequence[Question]) -> None:
-        products = {q.product.asin: q.product.regions for q in questions}
-        wholes = [regions[-1] for regions in products.values() if regions is not None]
-        if wholes:
-            features = np.stack(wholes).astype(np.float64)
-            std = features.std(0)
-            std[std < 1e-6] = 1.0
-            self.mean.copy_(torch.from_numpy(features.mean(0)))
-            self.std.copy_(torch.from_numpy(std))
+        mean, axes = measured(questions, tuple(self.axes.shape))
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
 
     def forward(self, regions: Tensor) -> Tensor:
-        return (regions - self.mean) / self.std
+        return standardised(regions, self.mean, self.axes)
 
 
 def stacked_regions(products: Sequence[Product], width: int, limit: int) -> tuple[Tensor, Tensor]:

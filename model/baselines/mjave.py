@@ -45,6 +45,7 @@ class Settings(inputs.Settings):
     image: bool = True
     attention_size: int = Field(200, ge=1)
     max_regions: int = Field(50, ge=1)
+    region_components: int | None = Field(None, ge=1)  # see model.standardise
     frozen: bool = True  # BERT gives features; it is not trained
 
 
@@ -159,15 +160,16 @@ class Model(Baseline):
         super().__init__(config)
         self.bert = make_bert(config.bert)
         width, size, count = config.bert["hidden_size"], config.attention_size, config.num_attributes
-        self.standard = Regions(config.region_width)
+        self.standard = Regions(config.region_width, config.region_components)
+        region = self.standard.size
         self.self_attention = Attention(width, width, size)
-        self.cross_attention = Attention(width, config.region_width, size)
+        self.cross_attention = Attention(width, region, size)
         self.global_gate_text = nn.Linear(width, 1)  # w1, b
-        self.global_gate_image = nn.Linear(config.region_width, 1, bias=False)  # w2
+        self.global_gate_image = nn.Linear(region, 1, bias=False)  # w2
         self.attribute_parts = nn.ModuleList(nn.Linear(n, size) for n in (width, size, width))  # W3, W4, W5
         self.attribute_head = nn.Linear(size, count)
         self.regional_gate_attributes = nn.Linear(count, 1)  # w6
-        self.regional_gate_image = nn.Linear(config.region_width, 1, bias=False)  # w7
+        self.regional_gate_image = nn.Linear(region, 1, bias=False)  # w7
         self.tag_parts = nn.ModuleList(nn.Linear(n, size) for n in (width, size, count))  # W8, W9, W10
         self.tag_head = nn.Linear(size, 2 * count + 1)
         self.post_init()
@@ -198,6 +200,7 @@ class Model(Baseline):
             attention_size=settings.attention_size,
             num_attributes=len(attributes),
             region_width=region_width,
+            region_components=settings.region_components,
             frozen=frozen,
         )
         model = cls(config)

@@ -64,6 +64,7 @@ class Settings(inputs.Settings):
     max_length: int = Field(100, ge=8)  # word pieces of attribute and text
     max_ocr: int = Field(100, ge=1)  # words
     max_objects: int = Field(10, ge=1)
+    region_components: int | None = Field(None, ge=1)  # see model.standardise
     max_output_length: int = Field(10, ge=1)
     similarity: float = Field(0.05, ge=0)
     buckets: int = Field(20_000, ge=1)  # of hashed character n-grams
@@ -351,8 +352,8 @@ class Model(Baseline):
         sizes = {"num_hidden_layers": config.fusion_layers, "vocab_size": 1, "type_vocab_size": 4}
         self.fusion = make_bert(config.bert | sizes | {"pad_token_id": 0})
         self.text_in = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
-        self.standard = Regions(config.region_width)
-        self.region_in = nn.Linear(config.region_width, width)
+        self.standard = Regions(config.region_width, config.region_components)
+        self.region_in = nn.Linear(self.standard.size, width)
         self.region_box = nn.Linear(4, width)
         self.letters = nn.EmbeddingBag(config.buckets + 1, 300, mode="mean", padding_idx=config.buckets)
         self.ocr_in = nn.Linear(300 + PHOC, width)
@@ -383,6 +384,7 @@ class Model(Baseline):
             bert=bert_sizes(settings, processor),
             fusion_layers=settings.fusion_layers,
             region_width=region_width,
+            region_components=settings.region_components,
             buckets=settings.buckets,
             num_words=2 + len(learnt["vocabulary"]),
             num_categories=max(1, len(learnt["categories"])),
