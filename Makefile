@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench serve lock clean
+.PHONY: help demo paper test check soak bench serve lock clean
 
 PYTHON ?= python3.11
 READY := .venv/.from-lock
@@ -23,6 +23,11 @@ $(READY): requirements.lock
 demo: $(READY) ## the whole road on the built-in sample corpus, then the scores
 	dvc repro
 	python -m model.report
+
+# Name single ones with MODELS="pam aveqa" and SEEDS="0"; DRY=--estimate only tells what is missing.
+paper: $(READY) ## the paper's grid on CORPUS: what is missing of it, then the report
+	@test -n "$(CORPUS)" || { echo 'say on which corpus: make paper CORPUS=sample'; exit 2; }
+	python -m model.grid $(CORPUS) $(if $(MODELS),--models $(MODELS)) $(if $(SEEDS),--seeds $(SEEDS)) $(DRY)
 
 test: $(READY) ## all tests, in random order
 	python -m pytest

@@ -23,6 +23,7 @@ COMMANDS = (
     "model.train",
     "model.evaluate",
     "model.report",
+    "model.grid",
     "model.predict",
     "pipeline.mave",
     "pipeline.mepave",
