@@ -4,8 +4,8 @@
 
 A cell is there when docs/results/ holds it with today's settings in params.yaml; a variant that resolves
 to what another model does is that model. What is missing is written as `run:` into params.yaml, as one does
-by hand (comments stay), and DVC brings it up to date: each cell a stage of its own, cached, so that a run that
-was stopped goes on where it stopped. How long it will take is told first, from what trainings took before.
+by hand (comments stay), and DVC brings it up to date: each cell a stage of its own, cached, so that a run
+that was stopped goes on where it stopped. How long it will take is told first, from earlier trainings.
 """
 
 import argparse

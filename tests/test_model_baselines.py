@@ -2,14 +2,21 @@
 
 import importlib
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT
+from ruamel.yaml import YAML
 
+import model.baselines
+from model import config
 from model.examples import Evidence, OcrLine, Product, Question
 from model.pretrained import checkpoint_path
+from model.train import Cell, fit
 
 NAMES = ("bert_tagger", "suopentag", "aveqa", "adatag", "maveqa", "mjave", "pam")
 TINY = {
@@ -183,3 +190,30 @@ def test_chinese_by_characters_is_learnt_too(name):
         asked += [Question(product, "颜色", (color,), ("text",), (span,)), Question(product, "材质")]
     _, model, processor = train(name, asked, 120)
     assert said(model, processor, asked) == [question.values for question in asked]
+
+
+def test_the_example_of_the_docs_is_a_baseline(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "baselines.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (entry,) = re.findall(r"^ +(bag-of-words: .*)$", text, flags=re.M)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 50
+    (tmp_path / "bag_of_words.py").write_text(code)
+    monkeypatch.setattr(model.baselines, "__path__", [*model.baselines.__path__, str(tmp_path)])
+    monkeypatch.setattr(config, "code_digest", lambda module: module)
+    params = config.read(ROOT / "params.yaml")
+    params["models"] |= YAML(typ="safe").load(entry)
+    params["run"]["models"] = ["bag-of-words"]
+    resolved = config.resolve(params)["sample/models/bag-of-words.json"]
+    small = resolved["settings"] | {"pretrained": None, "tokenizer": "characters", "hidden_size": 48}
+    trainer = resolved["train"] | {"batch_size": 4, "epochs": 60, "evaluations": 1, "learning_rate": 0.01}
+    cell = Cell.model_validate(resolved | {"settings": small, "train": trainer})
+    made, processor, history = fit(cell, eight(), eight(), 0, tmp_path / "checkpoints")
+    assert history[-1]["validation_f1"] == 1.0
+    assert said(made, processor, eight()) == [question.values for question in eight()]
+    made.save_pretrained(tmp_path / "made")
+    processor.save_pretrained(tmp_path / "made")
+    module = importlib.import_module(resolved["architecture"])
+    loaded = module.Model.from_pretrained(tmp_path / "made").eval()
+    again = module.Processor.from_pretrained(tmp_path / "made")
+    assert said(loaded, again, eight()) == said(made, processor, eight())
+    monkeypatch.delitem(sys.modules, resolved["architecture"])

@@ -29,6 +29,18 @@ TEXT_ONLY = {
     "dropout": 0.0,
     "max_length": 64,
 }
+BERT = {
+    "image": False,
+    "ocr": False,
+    "pretrained": None,
+    "tokenizer": "characters",
+    "hidden_size": 48,
+    "encoder_heads": 4,
+    "intermediate_size": 96,
+    "encoder_layers": 1,
+    "dropout": 0.0,
+    "max_length": 64,
+}
 
 
 def shards(folder, rows, shard_schema):
@@ -90,6 +102,18 @@ def write_corpus(root):
         "regions": {"backend": "torchvision", "weights": "random"},
         "evaluate": {"batch_size": 5},
         "models/tiny": {"architecture": "model.smartave", "code": "0", "settings": TEXT_ONLY, "train": TRAIN},
+        "models/tagger": {
+            "architecture": "model.baselines.bert_tagger",
+            "code": "0",
+            "settings": BERT,
+            "train": TRAIN | {"epochs": 20},
+        },
+        "models/pam": {
+            "architecture": "model.baselines.pam",
+            "code": "0",
+            "settings": BERT | {"image": True, "ocr": True, "fusion_layers": 1, "buckets": 20},
+            "train": TRAIN | {"epochs": 20},
+        },
     }
     for name, content in settings.items():
         evaluate.write_json(content, config / f"{name}.json")
@@ -171,6 +195,35 @@ def test_the_model_applied_to_a_catalogue_answers_line_by_line(cell, tmp_path, m
     predict.run(predict.parse([*given, "--attributes", "Color", "--min-precision", "0.5"]))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [attribute["key"] for attribute in rows[2]["attributes"]] == ["Color"]
+
+
+def test_baselines_go_the_same_road(cell, tmp_path, monkeypatch):
+    monkeypatch.chdir(cell)
+    for name in ("tagger", "pam"):
+        train.run("mine", name, 0)
+        evaluate.run("mine", name, 0)
+    tagger, pam = (read(cell / f"metrics/mine/{name}/0.json") for name in ("tagger", "pam"))
+    assert tagger["by_attribute"]["Color"]["f1"] >= 0.8
+    assert tagger["chunk"]["count"] == 6
+    assert tagger["chunk"]["f1"] >= 0.8
+    assert pam["by_origin"]["printed"]["f1"] >= 0.8  # it reads OCR
+    assert tagger["floor"] == pam["floor"]
+    catalogue, output = tmp_path / "catalogue.jsonl", tmp_path / "out.jsonl"
+    catalogue.write_text(json.dumps({"asin": "B000000099", "title": title(1), "category": ["Mugs"]}) + "\n")
+    given = ["--model", "runs/mine/tagger/0/model", "--input", str(catalogue), "--output", str(output)]
+    predict.run(predict.parse([*given, "--attributes", "Color"]))
+    (answer,) = read(output)["attributes"]
+    assert [value["value"] for value in answer["values"]] == ["green"]
+    assert answer["values"][0]["source"]["kind"] == "text"
+
+
+def test_a_finished_cell_leaves_its_result(cell):
+    kept = read(cell / "docs/results/mine/tiny/0.json")
+    scores = read(cell / "metrics/mine/tiny/0.json")
+    assert kept["micro"][2] == round(scores["f1"], 4)
+    assert kept["cost"]["examples"] == 12 * 4 * TRAIN["epochs"]
+    assert kept["cost"]["training_s"] > 0
+    assert kept["cost"]["parameters"] > kept["cost"]["without_embeddings"] > 0
 
 
 def test_an_unreachable_precision_writes_nothing(cell, tmp_path, monkeypatch):
