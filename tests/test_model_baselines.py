@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, SHARED_DATA
 from ruamel.yaml import YAML
+from test_model_cell import shards
 
 import model.baselines
-from model import config
+from model import config, evaluate, results
+from model import train as stage_train
 from model.examples import Evidence, OcrLine, Product, Question
 from model.pretrained import checkpoint_path
 from model.train import Cell, fit
+from pipeline import products, schema
+from pipeline.tally import Tally
 
 NAMES = ("bert_tagger", "suopentag", "aveqa", "adatag", "maveqa", "mjave", "pam")
 TINY = {
@@ -217,3 +221,49 @@ def test_the_example_of_the_docs_is_a_baseline(tmp_path, monkeypatch):
     again = module.Processor.from_pretrained(tmp_path / "made")
     assert said(loaded, again, eight()) == said(made, processor, eight())
     monkeypatch.delitem(sys.modules, resolved["architecture"])
+
+
+def write_mepave(root):
+    """MEPAVE's public sample as a corpus without pictures, with tiny models of every kind."""
+    rows = products.build(SHARED_DATA / "mepave-sample", "mepave", products.Settings(kind="mepave"), Tally())
+    asins = sorted({row["asin"] for row in rows})
+    missing = [{"asin": asin, "status": "no image"} for asin in asins]
+    shards(root / "data/mepave/ocr", [row | {"lines": []} for row in missing], schema.OCR)
+    nothing = {"boxes": [], "scores": [], "num_regions": 0, "features": b""}
+    shards(root / "data/mepave/regions", [row | nothing for row in missing], schema.region_schema(width=8))
+    schema.write_parquet(rows, schema.PRODUCTS, root / "data/mepave/products.parquet")
+    stages = {
+        "ocr": {"engine": "easyocr"},
+        "regions": {"backend": "torchvision", "weights": "random"},
+        "products": {"kind": "mepave", "drop_sources": []},
+        "evaluate": {"batch_size": 64},
+    }
+    trainer = {"batch_size": 16, "epochs": 2, "learning_rate": 0.003, "warmup_steps": 1, "evaluations": 1}
+    for name in (*NAMES, "smartave"):
+        architecture = f"model.{name}" if name == "smartave" else f"model.baselines.{name}"
+        known = importlib.import_module(architecture).Settings.model_fields
+        small = {key: value for key, value in TINY.items() if key in known}
+        if name == "smartave":
+            small |= {"decoder_heads": 4, "decoder_layers": 1}
+        cell = {"architecture": architecture, "code": "0", "settings": small, "train": trainer}
+        stages[f"models/{name.replace('_', '-')}"] = cell
+    for name, content in stages.items():
+        evaluate.write_json(content, root / "config" / "mepave" / f"{name}.json")
+
+
+@pytest.mark.soak
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not there")
+def test_every_model_trains_and_evaluates_on_mepave_s_public_sample(tmp_path, monkeypatch):
+    write_mepave(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in (*NAMES, "smartave"):
+        model_name = name.replace("_", "-")
+        stage_train.run("mepave", model_name, 0)
+        evaluate.run("mepave", model_name, 0)
+        scores = json.loads((tmp_path / f"metrics/mepave/{model_name}/0.json").read_text())
+        assert scores["count"] > 20
+        assert scores["chunk"]["count"] > 20
+        assert 0 <= scores["f1"] <= 1
+        assert (tmp_path / f"docs/results/mepave/{model_name}/0.json").is_file()
+    assert len({tuple(one["floor"]["micro"]) for one in results.cells()}) == 1
