@@ -9,7 +9,9 @@ problems are reported at once. A value comes from the innermost place that gives
     model   class default < sections `model:`, `train:` < the corpus entry's `model:`, `train:`
             < the model's entry < the corpus entry's `models:` for this model, its base first
 
-`source` and `products` have no key of their own in a corpus entry: their settings stand in it directly.
+`source` and `products` have no key of their own in a corpus entry: their settings stand in it directly. A
+corpus with a `base` has, key by key, what that corpus says and it does not:
+`shop_fold1: {base: shop, split: {folds: 5, fold: 1}}`.
 A `model:` section speaks to every architecture that has the setting.
 """
 
@@ -85,7 +87,7 @@ class Checker:
     def check(self) -> None:
         for section in sorted(self.params.keys() - set(SECTIONS), key=str):
             self.complain((section,), f"is not a section that exists ({', '.join(SECTIONS)})")
-        corpora = self.entries("corpora", CORPUS_NAME)
+        corpora = self.inherited(self.entries("corpora", CORPUS_NAME))
         models = self.entries("models", MODEL_NAME)
         chains = {name: chain for name in models if (chain := self.chain(models, name))}
         architectures = {name: found for name in chains if (found := self.architecture(chains[name]))}
@@ -124,6 +126,21 @@ class Checker:
             else:
                 named[name] = dict(self.section(section, name)[1])
         return named
+
+    def inherited(self, corpora: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Corpora with what their `base` says and they do not; folds of one differ in `split` alone."""
+        whole = {}
+        for name, entry in corpora.items():
+            base = entry.get("base")
+            if base is not None and (base not in corpora or base == name or "base" in corpora[base]):
+                self.complain(
+                    ("corpora", name, "base"), f"must name a corpus that has no base itself, got {base!r}"
+                )
+                continue
+            outer = corpora[base] if base is not None else {}
+            whole[name] = {**outer, **{key: value for key, value in entry.items() if key != "base"}}
+        self.params = {**self.params, "corpora": {**self.section("corpora")[1], **whole}}
+        return whole
 
     def resolve(
         self, settings: type[Settings], layers: list[Layer], *, complete: bool = True

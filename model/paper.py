@@ -7,6 +7,7 @@ micro score over (product, attribute, value) where a column does not say otherwi
 One file: each table is the paper's numbers, and the function that sets ours beside them.
 """
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from model.metrics import Answer, answer, normalise, paired_bootstrap
 Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
 Cell = tuple[int, int]
 NOT_RUN = "not run"
+FOLD = re.compile(r"_fold[0-9]+$")
 MAIN = (
     ("SUOpenTag", "suopentag"),
     ("AVEQA", "aveqa"),
@@ -146,7 +148,11 @@ class Table:
 
 
 def gather(found: Sequence[dict[str, Any]], same: Mapping[str, Mapping[str, str]]) -> Results:
-    """Results by corpus and model; a model that is the same as another on a corpus has that one's."""
+    """Results by corpus and model; a model that is the same as another on a corpus has that one's.
+
+    Corpora NAME_fold0, NAME_fold1 ... are the folds of one: their results stand together under NAME, so that
+    means and deviations are over seeds and folds.
+    """
     by: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in found:
         by.setdefault((one["corpus"], one["model"]), []).append(one)
@@ -154,7 +160,10 @@ def gather(found: Sequence[dict[str, Any]], same: Mapping[str, Mapping[str, str]
         for name, first in names.items():
             if (corpus, first) in by:
                 by.setdefault((corpus, name), by[corpus, first])
-    return by
+    pooled: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (corpus, model), of_it in sorted(by.items()):
+        pooled.setdefault((FOLD.sub("", corpus), model), []).extend(of_it)
+    return pooled
 
 
 def percent(values: Sequence[float]) -> str:
@@ -196,10 +205,10 @@ def highest(rows: Sequence[Sequence[str]], first: int, skip: int = 0) -> frozens
 # Significance
 
 
-def answers_of(corpus: str, model: str, seeds: Sequence[int]) -> list[Answer] | None:
-    """What a model said on the test split, over seeds; None where predictions are not on this machine."""
+def answers_of(model: str, cells: Sequence[tuple[str, int]]) -> list[Answer] | None:
+    """What a model said on the test splits of these corpora and seeds; None where that is not here."""
     said: list[Answer] = []
-    for seed in seeds:
+    for corpus, seed in cells:
         path = Path("runs", corpus, model, str(seed), "predictions.parquet")
         if not path.is_file():
             return None
@@ -213,13 +222,12 @@ def answers_of(corpus: str, model: str, seeds: Sequence[int]) -> list[Answer] | 
 
 def significance(results: Results, corpus: str, model: str, than: str = "smartave") -> str:
     """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1, and how likely without any."""
-    if model == than or not results.get((corpus, model)) or not results.get((corpus, than)):
-        return "–"
-    seeds = sorted(
-        {one["seed"] for one in results[corpus, model]} & {one["seed"] for one in results[corpus, than]}
-    )
-    first, second = answers_of(corpus, model, seeds), answers_of(corpus, than, seeds)
-    if not first or not second:
+    both = [
+        {(one["corpus"], one["seed"]) for one in results.get((corpus, name), ())} for name in (model, than)
+    ]
+    cells = sorted(both[0] & both[1])
+    first, second = answers_of(model, cells), answers_of(than, cells)
+    if model == than or not first or not second:
         return "–"
     found = paired_bootstrap(first, second)
     p = "p < 0.002" if found["p"] < 0.002 else f"p = {found['p']:.3f}"

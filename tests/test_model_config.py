@@ -95,6 +95,18 @@ def test_a_model_takes_what_its_base_then_its_own_entry_say() -> None:
     }
 
 
+def test_folds_of_a_corpus_differ_in_their_split_alone() -> None:
+    split = {"by": "product", "folds": 5, "fold": 3}
+    files = config.resolve(changed(corpora__mave_fold3={"base": "mave", "split": split}))
+    fold, whole = (
+        {path.partition("/")[2]: files[path] for path in files if path.startswith(f"{corpus}/")}
+        for corpus in ("mave_fold3", "mave")
+    )
+    assert fold.keys() == whole.keys()
+    assert {path for path in fold if fold[path] != whole[path]} == {"products.json"}
+    assert fold["products.json"]["split"]["fold"] == 3
+
+
 def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries() -> None:
     edits = {
         "models": {
@@ -177,6 +189,10 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
         (
             {"models__a": {"architecture": "model.baselines.none"}},
             "models.a.architecture must be a module of",
+        ),
+        (
+            {"corpora__mine": {"base": "none"}},
+            "corpora.mine.base must name a corpus that has no base itself, got 'none'",
         ),
         ({"corpora__sample__models": {"none": {}}}, "corpora.sample.models names 'none', which is no model"),
         (

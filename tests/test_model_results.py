@@ -7,6 +7,7 @@ import pytest
 
 from model import paper, results
 from model.results import keep, settings_digest
+from pipeline import schema
 
 SCORE = {"precision": 0.51234, "recall": 0.5, "f1": 0.50609, "count": 40}
 
@@ -149,3 +150,34 @@ def test_every_model_of_the_tables_is_declared():
 
     declared = config.read(ROOT / "params.yaml")["models"]
     assert set(paper.MODELS) <= set(declared)
+
+
+def test_folds_of_a_corpus_stand_together(project):
+    for fold, f1 in ((0, 0.6), (1, 0.8)):
+        path = project / "config" / f"mine_fold{fold}" / "models" / "pam.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        keep(f"mine_fold{fold}", "pam", 0, whole(f1), SIZES)
+    found = paper.gather(results.cells(), {})
+    assert [corpus for corpus, _ in found] == ["mine"]
+    assert paper.main_table(found, ["mine"]).rows[6] == ["PAM", "70.00 ± 14.14"]
+
+
+def predictions(project, model, seed, values):
+    rows = [
+        {"item": f"B{i}", "asin": f"B{i}", "attribute": "Color", "gold": ["red"], "origins": ["text"],
+         "in_ocr": [False], "values": [{"value": value, "score": 0.9, "source": {"kind": "vocabulary"}}]}
+        for i, value in enumerate(values)
+    ]  # fmt: skip
+    folder = project / "runs" / "mine" / model / str(seed)
+    folder.mkdir(parents=True)
+    schema.write_parquet(rows, schema.PREDICTIONS, folder / "predictions.parquet")
+
+
+def test_a_paired_bootstrap_stands_beside_each_model_whose_predictions_are_here(found, project):
+    assert paper.significance(found, "mine", "pam") == "–"
+    predictions(project, "smartave", 0, ["red"] * 20)
+    assert paper.significance(found, "mine", "pam") == "–"
+    predictions(project, "pam", 0, ["red"] * 5 + ["blue"] * 15)
+    assert paper.significance(found, "mine", "pam") == "-75.0, p < 0.002"
+    assert paper.significance(found, "mine", "smartave") == "–"
