@@ -100,7 +100,7 @@ def new_workspace(folder: Path) -> Workspace:
 def copy_project(folder: Path) -> None:
     """The project's files without results: every stage of the copy's graph is still to run."""
     for name in tracked_files():
-        if name == "dvc.lock" or name.startswith(("config/", "metrics/")):
+        if name == "dvc.lock" or name.startswith(("config/", "metrics/", "docs/results/")):
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)

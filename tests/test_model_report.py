@@ -201,3 +201,22 @@ def test_the_mean_of_one_seed_has_no_deviation_and_of_none_is_a_dash():
 
 def test_figures_without_numbers_are_not_drawn():
     assert charts.curves({"smartave": [[{"step": 1, "rate": 2}]]}, title="Curves") is None
+
+
+def test_the_paper_s_tables_and_figures_come_from_what_is_kept(corpus):
+    score = [0.5, 0.5, 0.5, 30]
+    groups = {"by_origin": {"text": score}, "in_ocr": {"read": score}, "by_attribute": {"Color": score}}
+    scores = {name: score for name in ("micro", "five_way", "positives_only", "chunk")}
+    for name, model, seed in (("mave", "pam", 0), ("mave", "pam", 1), ("mine", "smartave-alpha-10", 0)):
+        kept = {"corpus": name, "model": model, "seed": seed, "cost": {}, "floor": scores | groups}
+        evaluate.write_json(kept | scores | groups, corpus / f"docs/results/{name}/{model}/{seed}.json")
+    report.run()
+    html = (corpus / "reports" / "index.html").read_text()
+    assert '50.00 <small>± 0.00</small> <span class="paper">91.51 ± 0.37</span>' in html
+    assert "Grey: the paper&#39;s numbers, on mave." in html
+    lines = (corpus / "reports" / "index.md").read_text().splitlines()
+    assert "| PAM | 50.00 ± 0.00 (paper: 91.51 ± 0.37) | not run |" in lines
+    assert "From 3 finished cells in docs/results/." in lines
+    figures = sorted(path.name for path in (corpus / "reports" / "figures").iterdir())
+    assert figures == ["figure-6.svg"]
+    assert any(line.startswith("Not run: w/o title (mave)") for line in lines)
