@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 
 from model import charts
 from model.metrics import Answer, answer, normalise, paired_bootstrap
+from model.results import ATTRIBUTES
 
 Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
 Cell = tuple[int, int]
 NOT_RUN = "not run"
+FLOOR = "no-learning floor"
 FOLD = re.compile(r"_fold[0-9]+$")
 MAIN = (
     ("SUOpenTag", "suopentag"),
@@ -44,7 +46,6 @@ TABLE_1 = {
     "smartave-text": {"mepave": "89.21 ± 0.42", "mave": "91.16 ± 0.41"},
     "smartave": {"mepave": "91.52 ± 0.45", "mave": "93.69 ± 0.34"},
 }
-ATTRIBUTES = ("Brand", "Shape", "Color", "Type")
 TABLE_2 = {
     "suopentag": "91.25 91.33 91.29 84.36 78.86 81.52 80.84 72.53 76.46 74.08 68.25 71.04",
     "aveqa": "96.71 97.13 96.92 93.62 87.78 90.61 89.66 90.17 89.91 85.31 83.25 84.27",
@@ -239,7 +240,7 @@ def significance(results: Results, corpus: str, model: str, than: str = "smartav
 
 def main_table(results: Results, corpora: Sequence[str]) -> Table:
     """Table 1: methods by corpora, the no-learning floor first."""
-    rows, grey = [["no-learning floor", *(floor_of(results, corpus, "micro", 2) for corpus in corpora)]], {}
+    rows, grey = [[FLOOR, *(floor_of(results, corpus, "micro", 2) for corpus in corpora)]], {}
     for number, (label, model) in enumerate(MAIN, 1):
         row = [label]
         for column, corpus in enumerate(corpora, 1):
@@ -272,8 +273,7 @@ def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
 
 def score_table(results: Results, corpus: str) -> Table:
     """All models of one corpus on the same questions, every kind of score."""
-    rows = [["no-learning floor", "", *(floor_of(results, corpus, key, at) if key != "chunk" else "–"
-                                        for _, key, at in SCORES), "–"]]  # fmt: skip
+    rows = [[FLOOR, "", *(floor_of(results, corpus, key, at) for _, key, at in SCORES), "–"]]
     for label, model in names_of(results, corpus):
         seeds = len(results.get((corpus, model), ()))
         row = [percent(numbers(results, corpus, model, key, at)) for _, key, at in SCORES]
@@ -293,10 +293,7 @@ def breakdown(results: Results, corpus: str) -> Table:
     titles = {"read": "read by our OCR", "not_read": "not read by our OCR"}
     counts = {key: next(one[key[0]][key[1]][3] for one in found if key[1] in one[key[0]]) for key in groups}
     head = ["method", *(f"{titles.get(name, name)} ({counts[group, name]:.0f})" for group, name in groups)]
-    floor = [
-        floor_of(results, corpus, group, name, 2) if group == "by_origin" else "–" for group, name in groups
-    ]
-    rows = [["no-learning floor", *floor]]
+    rows = [[FLOOR, *(floor_of(results, corpus, group, name, 2) for group, name in groups)]]
     for label, model in names_of(results, corpus):
         rows.append([label, *(percent(numbers(results, corpus, model, g, name, 2)) for g, name in groups)])
     return Table(head, rows, highest(rows, 1, 1), rules=1)
@@ -311,23 +308,22 @@ def attribute_table(results: Results, corpus: str) -> Table:
     chosen = [name for name in ATTRIBUTES if name in counts] if corpus == "mave" else []
     chosen = (chosen + [name for name in often if name not in chosen])[:4]
     head = ["method", *(f"{name} {part}" for name in chosen for part in ("P", "R", "F1"))]
-    rows: list[list[str]] = []
+    cells = [("by_attribute", name, at) for name in chosen for at in range(3)]
+    rows = [[FLOOR, *(floor_of(results, corpus, *cell) for cell in cells)]]
     grey: dict[Cell, str] = {}
-    for number, (label, model) in enumerate(MAIN):
-        of = [
-            percent(numbers(results, corpus, model, "by_attribute", n, at)) for n in chosen for at in range(3)
-        ]
-        rows.append([label, *of])
+    for number, (label, model) in enumerate(MAIN, 1):
+        rows.append([label, *(percent(numbers(results, corpus, model, *cell)) for cell in cells)])
         if corpus == "mave" and chosen == list(ATTRIBUTES) and model in TABLE_2:
             grey |= {(number, column): text for column, text in enumerate(TABLE_2[model].split(), 1)}
-    return Table(head, rows, highest(rows, 1), grey)
+    return Table(head, rows, highest(rows, 1, 1), grey, 1)
 
 
 def layers_table(results: Results, corpora: Sequence[str]) -> Table:
     """Table 3: layers, parameters (all; without the tables of embeddings), F1, training time."""
-    rows: list[list[str]] = []
+    floors = [text for corpus in corpora for text in (floor_of(results, corpus, "micro", 2), "–")]
+    rows = [[FLOOR, "–", *floors]]
     grey: dict[Cell, str] = {}
-    for number, (label, model, size, paper) in enumerate(TABLE_3):
+    for number, (label, model, size, paper) in enumerate(TABLE_3, 1):
         costs = [one["cost"] for corpus in corpora for one in results.get((corpus, model), ())]
         sizes = (
             f"{millions(costs[0]['parameters'])} ({millions(costs[0]['without_embeddings'])})"
@@ -344,9 +340,8 @@ def layers_table(results: Results, corpora: Sequence[str]) -> Table:
             row.append(duration(numbers(results, corpus, model, "cost", "training_s")))
         rows.append(row)
     head = ["SMARTAVE", "parameters (without embeddings)"]
-    return Table(
-        head + [text for corpus in corpora for text in (f"{corpus} F1", "training")], rows, grey=grey
-    )
+    head += [text for corpus in corpora for text in (f"{corpus} F1", "training")]
+    return Table(head, rows, grey=grey, rules=1)
 
 
 def millions(count: float) -> str:
@@ -366,16 +361,16 @@ def duration(seconds: Sequence[float]) -> str:
 
 def search_table(results: Results, corpora: Sequence[str]) -> Table:
     """Table 7: batch sizes and learning rates."""
-    rows: list[list[str]] = []
+    rows = [[FLOOR, *(floor_of(results, corpus, "micro", 2) for corpus in corpora)]]
     grey: dict[Cell, str] = {}
-    for number, (label, model, paper) in enumerate(TABLE_7):
+    for number, (label, model, paper) in enumerate(TABLE_7, 1):
         row = [label]
         for column, corpus in enumerate(corpora, 1):
             row.append(percent(numbers(results, corpus, model, "micro", 2)))
             if corpus in paper:
                 grey[number, column] = paper[corpus]
         rows.append(row)
-    return Table(["SMARTAVE with", *corpora], rows, highest(rows, 1), grey)
+    return Table(["SMARTAVE with", *corpora], rows, highest(rows, 1, 1), grey, 1)
 
 
 def statistics_table(corpus: str) -> Table:

@@ -66,12 +66,14 @@ def mean_and_sd(values: Sequence[float | None]) -> str:
 
 
 def score_table(cells: dict[str, dict[int, dict[str, Any] | None]]) -> Table:
-    """One row per model, then the floor and the probe; `cells[model][seed]` is a metrics file or None."""
+    """The floor, one row per model, the probe; `cells[model][seed]` is a metrics file or None."""
     done = [scores for seeds in cells.values() for scores in seeds.values() if scores]
     if not done:
         return Table(["model", "seeds"], [[name, "not run"] for name in cells])
     shown = columns(done)
-    rows, means = [], []
+    floor, probe = done[0]["floor"], done[0]["probe"]
+    rows = [["floor (no learning)", "", *(mean_and_sd([at(floor, path)]) for _, path in shown)]]
+    means = []
     for name, seeds in cells.items():
         files = [scores for scores in seeds.values() if scores]
         missing = [str(seed) for seed, scores in seeds.items() if not scores]
@@ -85,18 +87,16 @@ def score_table(cells: dict[str, dict[int, dict[str, Any] | None]]) -> Table:
         highest = max(row[column] for row in means)
         best |= {
             (number, column)
-            for number, row in enumerate(means)
+            for number, row in enumerate(means, 1)
             if len(means) > 1 and row[column] == highest and row[column] != "–"
         }
-    floor, probe = done[0]["floor"], done[0]["probe"]
-    rows.append(["floor (no learning)", "", *(mean_and_sd([at(floor, path)]) for _, path in shown)])
     linear: dict[Keys, float | None] = {}
     if probe["visible"]["count"]:
         linear["by_origin", "visible", "f1"] = probe["visible"]["f1"]
     rows.append(
         ["linear probe on region features", "", *(mean_and_sd([linear.get(path)]) for _, path in shown)]
     )
-    return Table(["model", "seeds", *(title for title, _ in shown)], rows, frozenset(best))
+    return Table(["model", "seeds", *(title for title, _ in shown)], rows, frozenset(best), rules=1)
 
 
 def cautions(files: Sequence[dict[str, Any]]) -> list[str]:
