@@ -185,6 +185,7 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
             {"models__smartave__colour": 1},
             "models.smartave.colour is a setting of neither model.smartave nor",
         ),
+        ({"models__aveqa__image": True}, "models.aveqa.image must be False, got True"),
         ({"models__smartave__epochs": 0}, "models.smartave.epochs must be >= 1, got 0"),
         (
             {"models__a": {"architecture": "model.baselines.none"}},

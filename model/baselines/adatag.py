@@ -38,7 +38,7 @@ MENTIONS = 20  # of an attribute, for its embedding
 WINDOW = 100  # characters of text on each side of a mention
 
 
-class Settings(inputs.Settings):
+class Settings(inputs.TextSettings):
     lstm_size: int = Field(200, ge=1)  # of each direction
     experts: int = Field(3, ge=1)
     dropout: float = Field(0.4, ge=0, lt=1)

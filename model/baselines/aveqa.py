@@ -35,7 +35,7 @@ from model.examples import Extraction, Question
 from model.pretrained import checkpoint_path
 
 
-class Settings(inputs.Settings):
+class Settings(inputs.TextSettings):
     distillation: float = Field(0.5, ge=0)  # weight of L_dMLM
     no_answer: float = Field(0.5, ge=0)  # weight of L_NA
     masked: float = Field(0.15, gt=0, lt=1)

@@ -26,7 +26,7 @@ from model.baselines.inputs import (
 from model.examples import Extraction, Question
 
 
-class Settings(inputs.Settings):
+class Settings(inputs.TextSettings):
     """BERT-base, 512 tokens."""
 
 

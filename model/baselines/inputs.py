@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ IGNORED = -100
 class Settings(params.Settings):
     """What every baseline has; names that SMARTAVE has too mean the same there."""
 
-    image: bool = False
     ocr: bool = False  # True reads OCR lines as further paragraphs, which the text models' papers do not
     pretrained: str | None = "google-bert/bert-base-uncased"
     tokenizer: str = "pretrained"
@@ -51,6 +50,12 @@ class Settings(params.Settings):
     intermediate_size: int = Field(3072, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     max_length: int = Field(512, ge=8)
+
+
+class TextSettings(Settings):
+    """Of a model that has no use for a picture."""
+
+    image: Literal[False] = False
 
 
 @dataclass(slots=True)

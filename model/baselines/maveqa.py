@@ -37,7 +37,7 @@ FIXED = 3  # global tokens before those of paragraphs: [CLS], category, attribut
 TYPES = ("global", "category", "attribute", "title", "description", "other")
 
 
-class Settings(inputs.Settings):
+class Settings(inputs.TextSettings):
     max_length: int = Field(1024, ge=8)  # long tokens
     max_global: int = Field(64, ge=4)
     radius: int = Field(84, ge=1)  # how far a long token sees; ETC's

@@ -29,7 +29,7 @@ from model.baselines.inputs import (
 from model.examples import Extraction, Question
 
 
-class Settings(inputs.Settings):
+class Settings(inputs.TextSettings):
     lstm_size: int = Field(256, ge=1)  # of each direction
     frozen: bool = True  # BERT gives features; it is not trained
 
