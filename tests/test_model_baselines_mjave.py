@@ -30,7 +30,7 @@ def test_the_regional_gate_weighs_regions_by_the_predicted_attributes():
 def test_attributes_and_tags_agree_by_kl():
     tags = torch.tensor([[[0.2, 0.5, 0.1, 0.1, 0.1], [0.0, 0.1, 0.7, 0.2, 0.0], [0.0, 0.9, 0.0, 0.0, 0.1]]])
     text = torch.tensor([[True, True, False]])  # the last token is none
-    p = torch.tensor([[0.6, 0.9]])
+    p = torch.tensor([[0.3, 0.9]])
     q = torch.tensor([(0.5 + 0.7) / 2, (0.2 + 0.1) / 2])
     first = p[0] * (p[0] / q).log()
     both = agreement(p, tags, text, torch.tensor([[True, True]]))
