@@ -114,18 +114,19 @@ def metadata(num_lines: int) -> Iterator[bytes]:
 
 
 def label(number: int) -> bytes:
-    spans = [{"value": "mug", "pid": pid, "begin": 10, "end": 13} for pid in range(2)]
+    spans = [{"value": "mug", "pid": pid, "begin": 4, "end": 7} for pid in range(2)]
     row = {"id": asin(number), "category": "Mugs", "attributes": [{"key": "Type", "evidences": spans}]}
     return json.dumps(row).encode() + b"\n"
 
 
-def run(*command: str | Path, cores: int = 1) -> Run:
-    """The command on `cores` cores, its wall-clock seconds and its memory high-water mark."""
+def run(*command: str | Path, cores: int = 1, folder: Path = ROOT) -> Run:
+    """The command in `folder`, on `cores` cores, its wall-clock seconds and its memory high-water mark."""
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     start = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],
-        cwd=ROOT,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -204,21 +205,36 @@ def beside_beam(folder: Path, num_lines: int) -> None:
 
 
 def all_labels(folder: Path, num_labels: int) -> None:
-    """The join at the size of all of MAVE's labels; the metadata holds each hundredth product."""
-    positives, negatives, source = folder / "p.jsonl", folder / "n.jsonl", folder / "m.jsonl"
+    """Join and stage at the size of all of MAVE's labels; the metadata holds each hundredth product."""
+    source = folder / "data/mave/source"
+    positives, negatives = source / "labels/00-p.jsonl", source / "labels/01-n.jsonl"
+    whole, root = source / "metadata/00-m.jsonl", source / "roots/Books.json"
     num_positives = round(num_labels * 2_226_509 / ALL_LABELS)
     for path, numbers in ((positives, range(num_positives)), (negatives, range(num_positives, num_labels))):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.writelines(map(label, numbers))
-    with source.open("wb") as file:
-        for number in range(0, num_labels, 100):
-            row = {"asin": asin(number), "title": "one mug of a kind", "feature": ["one mug more"]}
-            file.write(json.dumps(row).encode() + b"\n")
-    files = ("--metadata", source, "--labels", positives, negatives, "--output", folder / "all.jsonl")
-    ours = run(sys.executable, "-m", "pipeline.mave", *files)
-    counted = json.loads(ours.output)
-    assert counted["lines written"]["count"] == len(range(0, num_labels, 100))
-    print(f"{num_labels} label lines: {ours.seconds:.0f} s, {ours.peak_mib:.0f} MiB at most (limit 2048)")
+    asked = range(0, num_labels, 100)
+    for path in (whole, root):
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            for number in asked:
+                row = {"asin": asin(number), "title": "one mug of a kind", "feature": ["one mug more"]}
+                file.write(json.dumps({**row, "imageURL": ["x"]}).encode() + b"\n")
+    files = ("--metadata", whole, "--labels", positives, negatives, "--output", folder / "all.jsonl")
+    joined = run(sys.executable, "-m", "pipeline.mave", *files)
+    assert json.loads(joined.output)["lines written"]["count"] == len(asked)
+    (folder / "config/mave").mkdir(parents=True)
+    settings = {"kind": "mave", "products_per_root": 4000, "attributes_per_root": {"Books": 9}}
+    (folder / "config/mave/products.json").write_text(json.dumps(settings))
+    stage = run(sys.executable, "-m", "pipeline.products", "mave", folder=folder)
+    made = json.loads((folder / "metrics/mave/products.json").read_text())
+    assert made["products"] == min(4000, len(asked))
+    for name, done in (("join", joined), ("products", stage)):
+        print(
+            f"{num_labels} label lines, {name}: {done.seconds:.0f} s ({done.cpu_s:.0f} s of CPU), "
+            f"{done.peak_mib:.0f} MiB at most (limit 2048)"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
