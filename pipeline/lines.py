@@ -34,8 +34,10 @@ def numbered(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
     number, dropping = 0, False
     with closing(_ahead(_blocks(path)) if _is_zipped(path) else _blocks(path)) as blocks:
         for block in blocks:
-            *whole, last = block.split(b"\n")
-            for line in whole:
+            begin = 0
+            while (end := block.find(b"\n", begin)) >= 0:  # one at a time: the memory of a line stays warm
+                line = block[begin:end]
+                begin = end + 1
                 number += 1
                 if rest:
                     line = b"".join([*rest, line])
@@ -45,6 +47,7 @@ def numbered(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
                     dropping = False
                 elif line and not line.isspace():
                     yield number, line
+            last = block[begin:]
             if dropping or sum(len(part) for part in rest) + len(last) > MAX_LINE_BYTES:
                 rest, dropping = [], True
             elif last:

@@ -15,9 +15,8 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -35,8 +34,7 @@ BACKSLASH = ord("\\")
 MISSING, UNUSABLE, FOUND = range(3)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One metadata line that was asked for, its text cleaned; `product` is what `wanted` says of its asin."""
 
     product: int
@@ -66,11 +64,12 @@ def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) ->
     state = bytearray(max(wanted.values(), default=NONE) + 1)
     unasked = 0
     for path in paths:
+        name = path.name
         for number, line in numbered(path, tally):
             if not may_be_wanted(line, wanted):
                 unasked += 1
                 continue
-            where = f"{path.name}:{number}"
+            where = f"{name}:{number}"
             metadata = parse(line, where, tally)
             if metadata is None:
                 continue
