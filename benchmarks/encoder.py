@@ -1,9 +1,9 @@
 """One encoder layer, forward and backward, beside a dense BERT layer of the same width and number of tokens.
 
-The mix of segments: title 5 %, description 35 %, five bullets of 8 %, OCR 10 %, image 10 %; as many examples as
-make 2,048 local-tokens, dense batches all. `bound` is what free attention would win over BERT, 1 + N / (6 D).
-Memory is what the forward pass keeps for the backward pass. At the longest, Longformer and BigBird (their layers
-with their default windows) too. Writes the plot of time and memory to reports/encoder.png.
+The mix of segments: title 5 %, description 35 %, five bullets of 8 %, OCR 10 %, image 10 %; as many
+examples as make 2,048 local-tokens, dense batches all. `bound` is what free attention would win over BERT,
+1 + N / (6 D). Memory is what the forward pass keeps for the backward pass. At the longest, Longformer and
+BigBird (their layers with their default windows) too. Writes the plot of both to reports/encoder.png.
 """
 
 import os

@@ -109,12 +109,24 @@ def attend(
 
 
 def project(x: Tensor, *layers: Any) -> Sequence[Tensor]:
-    """Several linear maps of the same tokens: on a GPU as one product, on a CPU one by one, which is no slower."""
+    """Several linear maps of the same tokens; on a GPU as one product, on a CPU that is no faster."""
     if not x.is_cuda:
         return [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     return nn.functional.linear(x, weight, bias).chunk(len(layers), dim=-1)
+
+
+def absorb(vectors: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+    """What scores tokens against `vectors` (S, H, D/H) when `layer` is not applied to the tokens.
+
+    v_h (W_h x + b_h) = (W_h^T v_h) x + v_h b_h: the few vectors take the projection of the many tokens.
+    Returns (S, H, D) and (S, H), divided by sqrt(D/H) as scores are.
+    """
+    vectors = vectors / math.sqrt(vectors.shape[-1])
+    weight = layer.weight.unflatten(0, vectors.shape[1:])  # (H, D/H, D)
+    bias = layer.bias.view(vectors.shape[1:])
+    return (vectors.transpose(0, 1) @ weight).transpose(0, 1), (vectors * bias).sum(-1)
 
 
 def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
@@ -138,13 +150,20 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper)  # (S, N, 2, H, D/H)
     asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
     reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
-    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"])
-    by_group = zip(*(part.split(packing.blocks) for part in of_local), strict=True)
+    absorbed, constant = absorb(asks, key["h2l"])
+    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"])
+    by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []
-    for parts, of_hypers, ask, mask, (count, length) in zip(
-        by_group, read.split(counts), asks.split(counts), reads.split(counts), packing.groups, strict=True
+    for (*parts, tokens), of_hypers, asked, offset, mask, (count, length) in zip(
+        by_group,
+        read.split(counts),
+        absorbed.split(counts),
+        constant.split(counts),
+        reads.split(counts),
+        packing.groups,
+        strict=True,
     ):
-        queries, keys, values, to_hyper, to_local = (
+        queries, keys, values, to_hyper = (
             part.view(count, length, heads, -1).transpose(1, 2) for part in parts
         )
         values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
@@ -155,7 +174,8 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
             z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
         if "h2l" not in attention.without:
-            gathered.append(attend(ask[:, :, None], to_local, values, dropout).flatten(1))  # (S, D)
+            scores = asked @ tokens.view(count, length, -1).transpose(1, 2) + offset[:, :, None]  # (S, H, m)
+            gathered.append((dropout(scores.softmax(-1))[:, :, None] @ values).flatten(1))  # (S, D)
     if gathered:
         z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
     return torch.cat([z_hyper.index_select(0, packing.hyper_at), *z_local])
