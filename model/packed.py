@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
 
-LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
+# Keys from which on the fused kernel is the faster one on a CPU, in bfloat16 it never is; and local-tokens of an
+# example from which on the keys of its hyper-tokens had better absorb the queries.
+LONG = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class Packing:
     local_at: Tensor  # (P,) flat places in (B, L)
     hyper_row: Tensor  # (B, N) packed places of hyper-tokens, 0 at padding
     local_row: Tensor  # (B, L) packed places of local-tokens, 0 at padding
+    hyper_mask: Tensor  # (B, N) bool
+    private: Tensor | None
     reads: Tensor  # (B, N, N) bool: the hyper-tokens that a hyper-token, and its local-tokens, attend to
     owner: Tensor  # (S,) flat places in (B, N) of the hyper-tokens that own a segment
     groups: tuple[tuple[int, int], ...]
@@ -82,6 +86,8 @@ def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> 
         local_at=local_at,
         hyper_row=inverse(hyper_at, hyper_mask.numel()).view_as(hyper_mask),
         local_row=inverse(local_at, segment.numel()).view_as(segment),
+        hyper_mask=hyper_mask,
+        private=private,
         # Padding reads itself, so that no softmax is over nothing.
         reads=readable(hyper_mask, private) | torch.eye(num_hyper, dtype=torch.bool, device=places.device),
         owner=owners,
@@ -151,7 +157,11 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
     reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
     absorbed, constant = absorb(asks, key["h2l"])
-    of_local = project(local, query["l2l"], key["l2l"], attention.value_local, query["l2h"])
+    maps = [query["l2l"], key["l2l"], attention.value_local]
+    l2h = "l2h" not in attention.without
+    many = len(local) >= MANY * batch and 2 * num_hyper * heads < x.shape[1]
+    dense_l2h = l2h and many and packing.private is None
+    of_local = project(local, *maps, *([query["l2h"]] if l2h and not dense_l2h else []))
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []
     for (*parts, tokens), of_hypers, asked, offset, mask, (count, length) in zip(
@@ -163,22 +173,44 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
         packing.groups,
         strict=True,
     ):
-        queries, keys, values, to_hyper = (
+        queries, keys, values, *to_hyper = (
             part.view(count, length, heads, -1).transpose(1, 2) for part in parts
         )
-        values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
         z = torch.zeros_like(queries)
         if "l2l" not in attention.without:
             z = attend(queries, keys, values, dropout)
-        if "l2h" not in attention.without:
-            z = z + attend(to_hyper, keys_of_hyper, values_of_hyper, dropout, mask)
+        if to_hyper:
+            values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
+            z = z + attend(to_hyper[0], keys_of_hyper, values_of_hyper, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
         if "h2l" not in attention.without:
             scores = asked @ tokens.view(count, length, -1).transpose(1, 2) + offset[:, :, None]  # (S, H, m)
             gathered.append((dropout(scores.softmax(-1))[:, :, None] @ values).flatten(1))  # (S, D)
     if gathered:
         z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
-    return torch.cat([z_hyper.index_select(0, packing.hyper_at), *z_local])
+    of_owners = torch.cat(z_local) if z_local else local
+    if dense_l2h:
+        of_owners = of_owners + local_to_hyper(
+            local, dense[:, :, 2], dense[:, :, 3], query["l2h"], dropout, packing
+        )
+    return torch.cat([z_hyper.index_select(0, packing.hyper_at), of_owners])
+
+
+def local_to_hyper(
+    local: Tensor, values: Tensor, keys: Tensor, query: Any, dropout: nn.Dropout, packing: Packing
+) -> Tensor:
+    """What local-tokens (P, D) read of the hyper-tokens' values and keys, twice (B, N, H, D/H); (P, D).
+
+    Example by example, with the projection of the queries absorbed by the keys.
+    """
+    batch, num_hyper, heads, _ = keys.shape
+    padded = local.index_select(0, packing.local_row.flatten()).view(batch, -1, local.shape[1])
+    absorbed, constant = absorb(keys.flatten(0, 1), query)
+    scores = padded @ absorbed.reshape(batch, num_hyper * heads, -1).transpose(1, 2)  # (B, L, N * H)
+    scores = (scores + constant.view(batch, 1, -1)).unflatten(2, (num_hyper, heads))
+    weights = scores.masked_fill(~packing.hyper_mask[:, None, :, None], -math.inf).softmax(dim=2)
+    z = dropout(weights).permute(0, 3, 1, 2) @ values.transpose(1, 2)  # (B, H, L, D/H)
+    return z.transpose(1, 2).reshape(-1, local.shape[1]).index_select(0, packing.local_at)
 
 
 def packed_encoder(

@@ -79,16 +79,26 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, wi
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
-def test_long_segments_take_the_fused_kernel_to_the_same_numbers():
+@pytest.mark.parametrize("private", [None, torch.tensor([[True, False, False], [True, False, False]])])
+def test_long_texts_take_other_kernels_to_the_same_numbers(private):
     torch.manual_seed(0)
-    hyper_mask, segment = torch.ones(1, 2, dtype=torch.bool), torch.arange(LONG + 20)[None] // (LONG + 5)
-    encoder, hyper, local = Encoder(**SIZES).double(), torch.randn(1, 2, 8), torch.randn(1, LONG + 20, 8)
-    packing = pack(hyper_mask, segment)
-    assert packing.groups == ((1, 15), (1, LONG + 5))
-    want = encoder(hyper.double(), local.double(), hyper_mask, segment)
-    at = packing.local_at
-    got = packing.unpack(*packed_encoder(encoder, hyper[0].double(), local[0, at].double(), packing))
-    for ours, theirs in zip(got, want, strict=True):
+    hyper_mask = torch.tensor([[True, True, True], [True, True, False]])
+    segment = torch.arange(LONG + 20).expand(2, -1) // (LONG + 5)
+    encoder = Encoder(**SIZES | {"hidden_size": 16}).double()
+    hyper = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    local = torch.randn(2, LONG + 20, 16, dtype=torch.float64, requires_grad=True)
+    packing = pack(hyper_mask, segment, private)
+    assert packing.groups == ((2, 15), (2, LONG + 5))
+    rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
+    found = []
+    for hypers, locals_ in (
+        packing.unpack(*packed_encoder(encoder, *rows, packing)),
+        encoder(hyper, local, hyper_mask, segment, private),
+    ):
+        loss = hypers[hyper_mask].pow(3).sum() + locals_.pow(3).sum()
+        gradients = torch.autograd.grad(loss, [hyper, local, *encoder.parameters()])
+        found.append((hypers[hyper_mask], locals_, *gradients))
+    for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
