@@ -5,7 +5,8 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "__main__")
+MODULES = {m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)])}
+NAMES = sorted(MODULES - {"__main__", "timing"})
 
 
 def main() -> None:

@@ -21,9 +21,10 @@ def best_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[s
     return {name: min(of_one) for name, of_one in times.items()}
 
 
-def matmul_peak(dtype: torch.dtype, size: int = 1536) -> float:
+def matmul_peak(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> float:
     """FLOP/s of a square product."""
-    a, b = torch.randn(2, size, size).to(dtype).unbind()
+    size = 4 * size if device == "cuda" else size
+    a, b = torch.randn(2, size, size).to(device, dtype).unbind()
     best = best_s({"product": lambda: a @ b})["product"]
     return 2 * size**3 / best
 

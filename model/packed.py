@@ -10,7 +10,6 @@ so many tokens.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 
 from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
 
-# Keys from which on the fused kernel is the faster one on a CPU, in bfloat16 it never is; and local-tokens of an
-# example from which on the keys of its hyper-tokens had better absorb the queries.
-LONG = 256
+LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
+MANY = 256  # local-tokens of an example from which on its hyper-tokens' keys had better absorb the queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +112,10 @@ def attend(
     return dropout(scores.softmax(dim=-1)) @ values
 
 
-def project(x: Tensor, *layers: Any) -> Sequence[Tensor]:
+def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """Several linear maps of the same tokens; on a GPU as one product, on a CPU that is no faster."""
     if not x.is_cuda:
-        return [layer(x) for layer in layers]
+        return tuple(layer(x) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     return nn.functional.linear(x, weight, bias).chunk(len(layers), dim=-1)
@@ -190,9 +188,8 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
         z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
     of_owners = torch.cat(z_local) if z_local else local
     if dense_l2h:
-        of_owners = of_owners + local_to_hyper(
-            local, dense[:, :, 2], dense[:, :, 3], query["l2h"], dropout, packing
-        )
+        values, keys = dense[:, :, 2:4].unbind(2)
+        of_owners = of_owners + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
     return torch.cat([z_hyper.index_select(0, packing.hyper_at), of_owners])
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.encoder import Encoder, StructuredAttention
-from model.packed import LONG, pack, packed_encoder
+from model.packed import LONG, MANY, pack, packed_encoder
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
 
@@ -89,6 +89,7 @@ def test_long_texts_take_other_kernels_to_the_same_numbers(private):
     local = torch.randn(2, LONG + 20, 16, dtype=torch.float64, requires_grad=True)
     packing = pack(hyper_mask, segment, private)
     assert packing.groups == ((2, 15), (2, LONG + 5))
+    assert LONG + 20 >= MANY
     rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
     found = []
     for hypers, locals_ in (

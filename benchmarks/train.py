@@ -1,0 +1,123 @@
+"""The paper's configuration in training: 12 + 4 layers, 768 wide, batch 32, up to 1,024 tokens, bfloat16.
+
+Prints instances per second, model FLOP utilisation, peak memory, and the time that 85,000 instances times 20
+epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy and
+pyarrow; without a GPU it runs the same on the CPU, with fewer instances a step. `--peak` is the peak of the
+device in TFLOP/s (an H200: 989); without it a square product is measured.
+"""
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.timing import machine, matmul_peak
+from model.smartave import Config, Model
+
+WORDS, OUTPUT, REGIONS, WIDTH = 30522, 4, 37, 2048
+SHARES = (0.06, 0.38, 0.09, 0.09, 0.09, 0.09, 0.09, 0.11)  # title, description, bullets, OCR
+
+
+def batch(size: int, max_length: int) -> dict[str, torch.Tensor]:
+    """Random instances of max_length // 4 to max_length local-tokens."""
+    lengths = torch.linspace(max_length // 4, max_length, size).long().tolist()
+    num_text, num_hyper = max_length - REGIONS, len(SHARES) + 2
+    segment = torch.full((size, max_length), -1)
+    position = torch.zeros(size, max_length, dtype=torch.long)
+    chains = []
+    for row, length in enumerate(lengths):
+        start = 0
+        sizes = [3, *(max(1, int(share * (length - REGIONS - 3))) for share in SHARES)]
+        for hyper, count in enumerate(sizes):
+            segment[row, start : start + count] = hyper
+            position[row, start : start + count] = torch.arange(count)
+            if hyper:
+                chains.append(torch.arange(start, start + count) + row * num_text)
+            start += count
+        segment[row, num_text:] = num_hyper - 1
+        position[row, num_text:] = torch.arange(REGIONS)
+    tag_index = torch.nn.utils.rnn.pad_sequence(chains, batch_first=True)
+    tag_mask = torch.arange(tag_index.shape[1]) < torch.tensor([len(chain) for chain in chains])[:, None]
+    targets = torch.randint(1000, WORDS, (size, OUTPUT))
+    return {
+        "hyper_slot": torch.arange(num_hyper).expand(size, -1),
+        "hyper_kind": torch.arange(num_hyper).clamp_max(6).expand(size, -1),
+        "hyper_mask": torch.ones(size, num_hyper, dtype=torch.bool),
+        "input_ids": torch.randint(1000, WORDS, (size, num_text)),
+        "segment": segment,
+        "position": position,
+        "regions": torch.randn(size, REGIONS, WIDTH),
+        "copy_mask": segment[:, :num_text] > 0,
+        "tag_index": tag_index,
+        "tag_mask": tag_mask,
+        "tags": torch.full_like(tag_index, 2),
+        "decoder_input_ids": targets.roll(1, 1),
+        "targets": targets,
+    }
+
+
+def flops(config: Config, given: dict[str, torch.Tensor]) -> float:
+    """Of a training step: two a product, three passes; see benchmarks.step for the encoder's share."""
+    width, inner = config.hidden_size, config.intermediate_size
+    owned = (given["segment"] >= 0).sum().item()
+    hypers, (size, output) = given["hyper_mask"].sum().item(), given["targets"].shape
+    feed_forward = 4 * width * inner
+    encoder = (12 * width**2 + feed_forward) * hypers + (10 * width**2 + feed_forward) * owned
+    for row in given["segment"]:
+        encoder += sum(4 * width * count**2 for count in row[row >= 0].bincount().tolist())
+    decoder = size * output * (12 * width**2 + feed_forward) * config.decoder_layers
+    heads = size * output * 2 * width * config.vocab_size + 2 * width**2 * owned
+    return 3 * (config.encoder_layers * encoder + decoder + heads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--instances", type=int, help="of a step; by default 32, on a CPU 2")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, help="that count; by default 20, on a CPU 2")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in bfloat16")
+    given, _ = parser.parse_known_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, steps = (
+        given.instances or (32 if device == "cuda" else 2),
+        given.steps or (20 if device == "cuda" else 2),
+    )
+    torch.manual_seed(0)
+    config = Config(max_position=given.max_length)
+    model = Model(config).to(device)
+    data = batch(size, given.max_length)
+    work = flops(config, data)
+    data = {name: tensor.to(device) for name, tensor in data.items()}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model(**data)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds = (time.perf_counter() - start) / steps
+    peak = given.peak * 1e12 if given.peak else matmul_peak(torch.bfloat16, device=device)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if device == "cuda" else ""
+    name = torch.cuda.get_device_name() if device == "cuda" else machine()
+    print(f"training, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {device}: {name}")
+    print(
+        f"{size} instances of {given.max_length // 4} to {given.max_length} tokens: {seconds * 1e3:.0f} ms, "
+        f"{size / seconds:.2f} instances/s, {work / seconds / 1e12:.2f} TFLOP/s, "
+        f"{work / seconds / peak:.0%} of {peak / 1e12:.2f}{memory}"
+    )
+    print(f"85,000 x 20 instances at this rate: {85_000 * 20 * seconds / size / 60:,.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
