@@ -38,16 +38,18 @@ def test_attributes_and_tags_agree_by_kl():
     torch.testing.assert_close(agreement(p, tags, text, torch.tensor([[False, True]])), first[1])
 
 
-def test_a_training_example_carries_all_questions_of_its_product():
+def test_the_questions_about_a_product_are_one_row():
     asked = eight()
     _, _, processor = train("mjave", asked, 0)
-    example = processor.encode(asked[1])  # the question is about the scent
-    assert example.asked == [0, 1]
-    assert example.present == [0]
-    assert example.tags[:9] == [-100, 0, 0, 0, 0, tag_of(0, 1), tag_of(0, 2), tag_of(0, 2), 0]
-    # the same question from elsewhere, such as the test split, tells nothing of the others
-    assert processor.encode(Question(asked[1].product, "Scent")).asked == [1]
-    assert "known" not in processor.settings
+    assert processor.joint
+    batch = processor.collate([processor.encode(question) for question in asked[:4]])
+    assert batch["asked"].tolist() == [[True, True], [True, True]]
+    assert batch["present"].tolist() == [[True, False], [True, False]]  # the scent is in no text
+    first, second = tag_of(0, 1), tag_of(0, 2)
+    assert batch["targets"][0, :9].tolist() == [-100, 0, 0, 0, 0, first, second, second, 0]
+    alone = processor.collate([processor.encode(asked[1])])
+    assert alone["asked"].tolist() == [[False, True]]
+    assert first not in alone["targets"]
 
 
 def test_tags_of_attributes_that_were_not_asked_are_left_out():

@@ -10,7 +10,7 @@ Choices: word vectors and the uncontextual part are the checkpoint's own word em
 GloVe is not to be had; the name stands bare instead of between [BOA] and [EOA], which no checkpoint knows;
 the first 20 mentions of an attribute; 200 units a direction, dropout 0.4. Without a checkpoint words and
 table start from random vectors. An attribute that training does not know is asked with the mean of all. A
-product's text is encoded once for all of its attributes in a batch.
+product's text is encoded once for all of its attributes.
 """
 
 from collections.abc import Sequence
@@ -52,6 +52,7 @@ class Processor(inputs.Processor):
     """`attributes` are those of the training split; an attribute's number is its place there plus one."""
 
     attributes: list[str]
+    joint = True  # a row of a training batch is a product with all questions about it
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """input_ids and attention_mask (P, T) of the P distinct products; text (B,), which of them a question

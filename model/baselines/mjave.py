@@ -10,13 +10,12 @@ highest I probability of attribute a.
 Choices: both attentions have their softmax, which the code comments out and without which they grow with
 the text's length; pool is a mean where the code sums, for the same reason; the regions are the detector's
 and the whole picture instead of a 7 x 7 grid. No question is put to this model: it tags all attributes at
-once, so a training example carries all training questions of its product. Attributes that were not asked of
-a product are neither right nor wrong there: their tags are left out of the softmax; in use those that
+once, so a row of a batch is a product with all questions about it. Attributes that were not asked of a
+product are neither right nor wrong there: their tags are left out of the softmax; in use those that
 training never asked in the product's category are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -27,6 +26,7 @@ from model.baselines.chain import BIO
 from model.baselines.inputs import (
     IGNORED,
     Baseline,
+    Encoded,
     Regions,
     bert_sizes,
     extractions,
@@ -53,15 +53,6 @@ class Config(inputs.Config):
     model_type = "mjave"
 
 
-@dataclass(slots=True)
-class Encoded(inputs.Encoded):
-    """`tags` are those of all attributes in `asked` (numbers); `present` of these stand in the text."""
-
-    tags: list[int]
-    asked: list[int]
-    present: list[int]
-
-
 def tag_of(attribute: int, part: int) -> int:
     """The tag of attribute number `attribute`: 0 is O, then B and I (`part` 1 and 2) of each in turn."""
     return 2 * attribute + part
@@ -73,39 +64,42 @@ class Processor(inputs.Processor):
     image: bool
     max_regions: int
     region_width: int
-    known: dict[str, list[Question]]  # of training: all questions of an item; not stored
+    joint = True  # a row of a training batch is a product with all questions about it
 
     def encode(self, question: Question) -> Encoded:
-        product = question.product
-        known = getattr(self, "known", {}).get(product.item, [])
-        group = known if any(one is question for one in known) else [question]
-        ids, places = self.row(product, self.max_length - 1)
+        """Without the attribute's tokens: the row of a product is the same for all of them."""
+        ids, places = self.row(question.product, self.max_length - 1)
         places = [None, *places]
-        number = {name: position for position, name in enumerate(self.attributes)}
-        tags = [0 if place else IGNORED for place in places]
-        asked, present = [], []
-        for one in group:
-            if one.attribute not in number:
-                continue
-            asked.append(number[one.attribute])
-            found = spans(one, places)
-            present += [asked[-1]] * bool(found)
-            for position, part in enumerate(chain.encode_tags(len(places), found, BIO)):
-                if part and tags[position] == 0:
-                    tags[position] = tag_of(asked[-1], part)
-        return Encoded(question, [], [self.cls, *ids], places, [], tags, asked, present)
+        return Encoded(question, [], [self.cls, *ids], places, spans(question, places))
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, targets (B, T), IGNORED where no text stands; asked, present (B, A);
-        regions (B, R, width), the whole picture first, region_mask (B, R)."""
-        lengths = torch.tensor([len(one.ids) for one in examples])
-        input_ids = padded([one.ids for one in examples], self.pad)
-        asked = torch.zeros(len(examples), len(self.attributes), dtype=torch.bool)
+        """One row for each of the P distinct products, in order.
+
+        Returns:
+            input_ids, attention_mask, targets (P, T), IGNORED where no text stands; asked, present (P, A),
+            the attributes that are asked and those of them that have a value in the text; regions
+            (P, R, width), the whole picture first, region_mask (P, R).
+        """
+        groups: dict[int, list[Encoded]] = {}
+        for one in examples:
+            groups.setdefault(id(one.question.product), []).append(one)
+        number = {name: position for position, name in enumerate(self.attributes)}
+        asked = torch.zeros(len(groups), len(self.attributes), dtype=torch.bool)
         present = torch.zeros_like(asked)
-        for row, one in enumerate(examples):
-            asked[row, one.asked] = True
-            present[row, one.present] = True
-        products = [one.question.product for one in examples]
+        rows = [group[0] for group in groups.values()]
+        tags = [[0 if place else IGNORED for place in one.places] for one in rows]
+        for row, group in enumerate(groups.values()):
+            for one in group:
+                attribute = number.get(one.question.attribute)
+                if attribute is None:
+                    continue
+                asked[row, attribute], present[row, attribute] = True, bool(one.spans)
+                for position, part in enumerate(chain.encode_tags(len(one.ids), one.spans, BIO)):
+                    if part and tags[row][position] == 0:
+                        tags[row][position] = tag_of(attribute, part)
+        input_ids = padded([one.ids for one in rows], self.pad)
+        lengths = torch.tensor([len(one.ids) for one in rows])
+        products = [one.question.product for one in rows]
         regions, region_mask = stacked_regions(products, self.region_width, self.max_regions)
         return {
             "input_ids": input_ids,
@@ -114,7 +108,7 @@ class Processor(inputs.Processor):
             "regions": regions,
             "region_mask": region_mask & self.image,
             "present": present,
-            "targets": padded([one.tags for one in examples], IGNORED),
+            "targets": padded(tags, IGNORED),
         }
 
     def may_have(self, question: Question) -> list[int]:
@@ -179,10 +173,8 @@ class Model(Baseline):
         cls, settings: Settings, questions: Sequence[Question], region_width: int
     ) -> tuple["Model", Processor]:
         by_category: dict[str, set[str]] = {}
-        known: dict[str, list[Question]] = {}
         for question in questions:
             by_category.setdefault(question.product.category, set()).add(question.attribute)
-            known.setdefault(question.product.item, []).append(question)
         attributes = sorted(set().union(*by_category.values()))
         processor = Processor.start(
             settings,
@@ -193,7 +185,6 @@ class Model(Baseline):
             max_regions=settings.max_regions,
             region_width=region_width,
         )
-        processor.known = known
         frozen = settings.frozen and settings.pretrained is not None
         config = Config.of(
             bert=bert_sizes(settings, processor),
