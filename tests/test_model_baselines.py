@@ -103,6 +103,15 @@ def said(model, processor, asked):
     return [tuple(extraction.value for extraction in extractions) for extractions in found]
 
 
+def test_every_baseline_is_held_to_this_and_declared():
+    shared = {"__init__", "inputs", "chain"}
+    files = {path.stem for path in (ROOT / "model" / "baselines").glob("*.py")}
+    assert set(NAMES) == files - shared
+    entries = config.read(ROOT / "params.yaml")["models"].values()
+    declared = {entry["architecture"] for entry in entries if "architecture" in entry}
+    assert {f"model.baselines.{name}" for name in NAMES} <= declared
+
+
 def test_it_learns_eight_examples_by_heart(trained):
     _, model, processor = trained
     found = model.extract([processor.encode(question) for question in eight()], processor)
