@@ -9,7 +9,8 @@ with the highest token is the answer. L is the sum of the two binary cross-entro
 Choices: ETC is not to be had for PyTorch, so BERT's layers carry the pattern as a mask over [global ;
 long], and positions restart in each text. ETC's relative positions tell a long token which global token is
 its own; here both get the embedding of their text's number. Global tokens see the long tokens of their own
-text only, [CLS] all (ETC's "hard" setting). The losses are means over tokens.
+text only, [CLS] all (ETC's "hard" setting). The losses are means over tokens. A long
+token learns the attribute's words through its global token, so that one layer cannot answer.
 """
 
 from collections.abc import Sequence
