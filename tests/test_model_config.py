@@ -72,6 +72,7 @@ def test_a_model_takes_what_its_base_then_its_own_entry_say() -> None:
         "corpora__sample__model": {"encoder_layers": 3, "beam_width": 2},
         "train__epochs": 2,
         "corpora__sample__train": {"epochs": 3, "batch_size": 4},
+        "corpora__sample__models": {},
         "models": {
             "small": {"architecture": "model.smartave", "encoder_layers": 4, "epochs": 4},
             "smaller": {"base": "small", "encoder_layers": 1},
