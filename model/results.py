@@ -33,10 +33,10 @@ def settings_digest(corpus: str, model: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit that the working tree stands on, with "+" where it differs; None outside Git."""
+    """The commit that the working tree stands on, with "+" where code differs; None outside Git."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "params.yaml"])
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"])
     except FileNotFoundError:
         return None
     return head.stdout.strip() + "+" * (dirty.returncode != 0) if head.returncode == 0 else None
