@@ -116,7 +116,7 @@ def chosen(corpus: str) -> dict[str, list[str]]:
 
 
 def sheet(corpus: str) -> "Image.Image":
-    """The pictures of `chosen`, drawn into, a row of each kind; a failed one is a grey card with its reason."""
+    """The pictures of `chosen`, drawn into, a row of each kind; a failed one is a card with its reason."""
     from PIL import Image, ImageDraw
 
     folders = {stage: ShardFolder(Path("data") / corpus / stage) for stage in ("images", "ocr", "regions")}
