@@ -68,9 +68,12 @@ def renamed(name: str) -> str | None:
     raise ValueError(f"{name} is no parameter of a detectron2 Faster R-CNN R101 (C4 or FPN)")
 
 
-def convert(checkpoint: Path, output: Path) -> str:
-    """Write `output`; returns the variant found. Raises `ValueError` for anything but such a checkpoint."""
-    state = read_checkpoint(checkpoint)
+def convert(checkpoint: Path, output: Path, *, form: str | None = None) -> str:
+    """Write `output`; returns the variant found. Raises `ValueError` for anything but such a checkpoint.
+
+    `form` is .pkl or .pth where the file's own name does not say it.
+    """
+    state = read_checkpoint(checkpoint, form or checkpoint.suffix)
     for name, expected in (("pixel_mean", PIXEL_MEAN_BGR), ("pixel_std", (1.0, 1.0, 1.0))):
         if name in state and not torch.allclose(state[name].flatten(), torch.tensor(expected)):
             raise ValueError(
@@ -103,10 +106,10 @@ def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: Path, form: str) -> dict[str, torch.Tensor]:
     """The tensors of a detectron2 checkpoint by name, float32; nothing in the file is executed."""
     try:
-        if path.suffix == ".pkl":
+        if form == ".pkl":
             with path.open("rb") as file:
                 content = _ArrayUnpickler(file, encoding="latin1").load()
         else:

@@ -225,14 +225,14 @@ def open_easyocr(settings: Settings) -> Work:
     import torch
 
     from features.craft import TextMaps
-    from features.recogniser import reader_with
+    from features.recogniser import hastened
 
     reader = open_reader(settings)
     craft = getattr(reader.detector, "module", reader.detector)
 
-    def engine(dtype: torch.dtype) -> EasyOcr:
+    def engine(dtype: torch.dtype) -> EasyOcr:  # in bfloat16 the recogniser would lose more than it saves
         maps = TextMaps(craft, dtype).to(reader.device)
-        return EasyOcr(reader_with(reader, dtype), maps, settings.canvas_px)
+        return EasyOcr(hastened(reader), maps, settings.canvas_px)
 
     exact = engine(torch.float32)
     if settings.mode == "exact":

@@ -31,12 +31,12 @@ MAX_CROP_PIXELS = 64 * 64 * 512  # read at once
 Found = tuple[list[list[float]], str, float]  # corners, text, confidence
 
 
-def reader_with(reader: "easyocr.Reader", dtype: torch.dtype) -> "easyocr.Reader":
-    """The same reader whose recogniser has its convolutions in `dtype`; `reader` stays as it is."""
+def hastened(reader: "easyocr.Reader") -> "easyocr.Reader":
+    """The same reader whose recogniser has fused convolutions; `reader` stays as it is."""
     changed = copy.copy(reader)
     changed.recognizer = copy.deepcopy(reader.recognizer)
     model = getattr(changed.recognizer, "module", changed.recognizer)
-    model.FeatureExtraction = Cast(fused([model.FeatureExtraction.ConvNet]), dtype)
+    model.FeatureExtraction = Cast(fused([model.FeatureExtraction.ConvNet]), torch.float32)
     return changed
 
 

@@ -268,7 +268,7 @@ def test_a_pickle_may_not_look_up_codecs(tmp_path):
     path = tmp_path / "codec.pkl"
     path.write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.")
     with pytest.raises(ValueError, match="encoding 'rot13' is not allowed"):
-        convert.read_checkpoint(path)
+        convert.read_checkpoint(path, ".pkl")
 
 
 def small_state(**changed: object) -> dict[str, object]:
