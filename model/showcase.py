@@ -89,8 +89,8 @@ def contact_sheet(corpus: str, reports: Path) -> str | None:
         Path("data", corpus, stage, "manifest.json").is_file() for stage in ("images", "ocr", "regions")
     ):
         return None
-    name = Path(f"{corpus}-sheet.jpg")
-    reports.mkdir(parents=True, exist_ok=True)
+    name = Path("images", f"{corpus}-sheet.jpg")
+    (reports / name).parent.mkdir(parents=True, exist_ok=True)
     show.sheet(corpus).save(reports / name, "JPEG", quality=80)
     return name.as_posix()
 

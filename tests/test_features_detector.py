@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision.models.detection.image_list import ImageList
 
 from features import convert, detector
 
@@ -156,7 +157,9 @@ def test_anchors_stand_on_the_stride_unrounded_with_ratios_innermost():
     np.testing.assert_allclose(wide, [-22.627417, -11.313708, 22.627417, 11.313708])
     np.testing.assert_allclose(tall, [-11.313708, -22.627417, 11.313708, 22.627417])
     level = torch.zeros(1, 8, 2, 3)
-    [placed] = anchors(torch.zeros(1, 3, 33, 50), [level])
+    pictures = ImageList(torch.zeros(2, 3, 33, 50), [(33, 50), (33, 50)])
+    placed, as_well = anchors(pictures, [level])
+    assert torch.equal(placed, as_well)
     assert placed.shape == (2 * 3 * 6, 4)
     assert placed[6:9].tolist() == (anchors.cell_anchors[0][:3] + torch.tensor([16, 0, 16, 0])).tolist()
 
