@@ -10,9 +10,8 @@ Padding comes last in both.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,22 +172,25 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @torch.no_grad()
-    def start_from(self, layer: Any) -> None:
-        """Take the weights of a BERT layer: its Q and K for each pattern, its V for both token types."""
-        attention, theirs = self.attention, layer.attention
+    def start_from(self, theirs: Mapping[str, nn.Module]) -> None:
+        """Take a pretrained layer, by the names of `model.pretrained`.
+
+        Its Q and K go to each pattern, its V to both token types.
+        """
+        attention = self.attention
         for pattern in attention.patterns:
-            attention.query[pattern].load_state_dict(theirs.self.query.state_dict())
-            attention.key[pattern].load_state_dict(theirs.self.key.state_dict())
-        for ours, source in (
-            (attention.value_local, theirs.self.value),
-            (attention.value_hyper, theirs.self.value),
-            (attention.output, theirs.output.dense),
-            (self.attention_norm, theirs.output.LayerNorm),
-            (self.intermediate, layer.intermediate.dense),
-            (self.output, layer.output.dense),
-            (self.output_norm, layer.output.LayerNorm),
+            attention.query[pattern].load_state_dict(theirs["query"].state_dict())
+            attention.key[pattern].load_state_dict(theirs["key"].state_dict())
+        for ours, name in (
+            (attention.value_local, "value"),
+            (attention.value_hyper, "value"),
+            (attention.output, "attention_output"),
+            (self.attention_norm, "attention_norm"),
+            (self.intermediate, "intermediate"),
+            (self.output, "output"),
+            (self.output_norm, "output_norm"),
         ):
-            ours.load_state_dict(source.state_dict())
+            ours.load_state_dict(theirs[name].state_dict())
 
     def feed_forward(self, x: Tensor, z: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(z))
@@ -227,8 +229,8 @@ class Encoder(nn.Module):
             for _ in range(num_layers)
         )
 
-    def start_from(self, layers: Sequence[Any]) -> None:
-        """Take the weights of BERT layers. Raises `ValueError` when there are too few."""
+    def start_from(self, layers: Sequence[Mapping[str, nn.Module]]) -> None:
+        """Take pretrained layers, the first ones. Raises `ValueError` when there are too few."""
         if len(layers) < len(self.layers):
             raise ValueError(f"the checkpoint has {len(layers)} layers, encoder_layers is {len(self.layers)}")
         for ours, theirs in zip(self.layers, layers, strict=False):

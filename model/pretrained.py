@@ -1,12 +1,77 @@
-"""Where a model's words come from: a checkpoint by its name, and the tokenizer that goes with it."""
+"""Where a model's words and layers come from: a checkpoint by its name, its parts, and its tokenizer."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from model.examples import Question
+
+# Where the parts of a layer stand in `transformers`, by the checkpoint's type
+LAYERS = {
+    "bert": {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "attention_output": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "output_norm": "output.LayerNorm",
+    },
+    "mpnet": {
+        "query": "attention.attn.q",
+        "key": "attention.attn.k",
+        "value": "attention.attn.v",
+        "attention_output": "attention.attn.o",
+        "attention_norm": "attention.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "output_norm": "output.LayerNorm",
+    },
+}
+ROLES = ("pad_token", "cls_token", "sep_token")
+
+
+class Checkpoint:
+    """A pretrained encoder of a type in `LAYERS`, its parts under one set of names.
+
+    Raises `ValueError` when it is of another type.
+    """
+
+    def __init__(self, path: str) -> None:
+        encoder = AutoModel.from_pretrained(path)
+        self.config = encoder.config
+        if self.config.model_type not in LAYERS:
+            raise ValueError(f"{path} is a {self.config.model_type}; a start is one of {', '.join(LAYERS)}")
+        embeddings, positions = encoder.embeddings, encoder.embeddings.position_embeddings
+        first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+        self.words: Tensor = embeddings.word_embeddings.weight  # (V, D)
+        self.positions: Tensor = positions.weight[first:]  # (positions, D), of the first token first
+        self.norm: nn.LayerNorm = embeddings.LayerNorm
+        names = LAYERS[self.config.model_type]
+        self.layers = [
+            {name: layer.get_submodule(place) for name, place in names.items()}
+            for layer in encoder.encoder.layer
+        ]
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+
+def same_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids, ours and theirs, of all words in both vocabularies.
+
+    Padding, start and separator go by their role: MPNet's vocabulary has a [CLS] that it never learnt, and
+    its start is `<s>`.
+    """
+    known = theirs.get_vocab()
+    pairs = {i: known[word] for word, i in ours.get_vocab().items() if word in known}
+    for role in ROLES:
+        mine, other = getattr(ours, f"{role}_id"), getattr(theirs, f"{role}_id")
+        if mine is not None and other is not None:
+            pairs[mine] = other
+    return list(pairs), list(pairs.values())
 
 
 def checkpoint_path(name: str) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,7 +23,7 @@ from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture
 from model.encoder import Encoder
 from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
-from model.pretrained import checkpoint_path, start_tokenizer
+from model.pretrained import Checkpoint, checkpoint_path, same_words, start_tokenizer
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
 from model.standardise import measured, standardised
 from model.tagging import Tagger, batch_mean
@@ -208,21 +207,28 @@ class Model(PreTrainedModel):
 
     @torch.no_grad()
     def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Word and position embeddings from a BERT checkpoint, by word; with `layers` its layers too."""
-        bert = AutoModel.from_pretrained(path)
-        width = bert.config.hidden_size
+        """Word and position embeddings from a checkpoint, by word; with `layers` its layers too.
+
+        Raises `ValueError` when the checkpoint's type is unknown or its sizes are others.
+        """
+        start = Checkpoint(path)
+        width = start.config.hidden_size
         if width != self.config.hidden_size:
             raise ValueError(f"{path} is {width} wide, hidden_size is {self.config.hidden_size}")
-        theirs = AutoTokenizer.from_pretrained(path).get_vocab()
-        pairs = [(i, theirs[word]) for word, i in tokenizer.get_vocab().items() if word in theirs]
-        ours, source = map(list, zip(*pairs, strict=True))
-        embeddings = bert.embeddings
-        self.word.weight[ours] = embeddings.word_embeddings.weight[source]
-        known = min(self.config.max_position, embeddings.position_embeddings.num_embeddings)
-        self.position.weight[:known] = embeddings.position_embeddings.weight[:known]
-        self.embedding_norm.load_state_dict(embeddings.LayerNorm.state_dict())
+        ours, theirs = same_words(tokenizer, start.tokenizer)
+        self.word.weight[ours] = start.words[theirs]
+        known = min(self.config.max_position, len(start.positions))
+        self.position.weight[:known] = start.positions[:known]
+        self.embedding_norm.load_state_dict(start.norm.state_dict())
         if layers:
-            self.encoder.start_from(bert.encoder.layer)
+            for theirs_name, our_name in (
+                ("num_attention_heads", "encoder_heads"),
+                ("intermediate_size", "intermediate_size"),
+            ):
+                size, our_size = getattr(start.config, theirs_name), getattr(self.config, our_name)
+                if size != our_size:
+                    raise ValueError(f"{path}: its {theirs_name} is {size}, {our_name} is {our_size}")
+            self.encoder.start_from(start.layers)
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:

