@@ -6,8 +6,11 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 
-from model import evaluate, predict, train
+from model import checkpoint, evaluate, predict, smartave, train
+from model.extractor import Extractor
 from pipeline import schema
 from pipeline.disk import sha256_of
 from pipeline.reading import ShardFolder
@@ -195,6 +198,44 @@ def test_the_model_applied_to_a_catalogue_answers_line_by_line(cell, tmp_path, m
     predict.run(predict.parse([*given, "--attributes", "Color", "--min-precision", "0.5"]))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [attribute["key"] for attribute in rows[2]["attributes"]] == ["Color"]
+
+
+def test_one_product_gets_what_its_line_in_a_catalogue_gets(cell, tmp_path, monkeypatch):
+    monkeypatch.chdir(cell)
+    given = [
+        {"asin": "B000000099", "title": title(1), "brand": "red", "category": ["Kitchen", "Mugs"]},
+        {"asin": "B000000098", "title": title(2), "category": ["Unknown"]},
+    ]
+    catalogue, output = tmp_path / "catalogue.jsonl", tmp_path / "out.jsonl"
+    catalogue.write_text("".join(f"{json.dumps(line)}\n" for line in given))
+    options = ["--model", "runs/mine/tiny/0/model", "--input", str(catalogue), "--output", str(output)]
+    predict.run(predict.parse(options))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    extractor = Extractor.from_pretrained("runs/mine/tiny/0/model")
+    for line, row in zip(given, rows, strict=True):
+        answer = extractor(line)
+        assert scores(answer) == pytest.approx(scores(row), abs=1e-5)  # products share batches in a catalogue
+        assert answer == row
+    assert rows[0]["attributes"][0]["values"][0]["value"] == "green"
+    (color,) = extractor(given[1], attributes=["Color"])["attributes"]
+    assert [value["value"] for value in color["values"]] == ["blue"]
+
+
+def scores(row):
+    """The scores in a row, which are taken out of it."""
+    return [value.pop("score") for attribute in row["attributes"] for value in attribute["values"]]
+
+
+def test_a_trained_folder_loads_by_its_type(cell):
+    folder = cell / "runs/mine/tiny/0/model"
+    model = transformers.AutoModel.from_pretrained(folder)
+    assert type(model) is smartave.Model
+    ours, _ = checkpoint.load(folder)
+    assert model.state_dict().keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor.cpu(), model.state_dict()[name]), name
+    assert type(transformers.AutoConfig.from_pretrained(folder)) is smartave.Config
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()["[VALUE]"] == 4
 
 
 def test_baselines_go_the_same_road(cell, tmp_path, monkeypatch):
