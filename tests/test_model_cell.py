@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
-from model import checkpoint, evaluate, predict, smartave, train
+from model import card, checkpoint, evaluate, predict, smartave, train
 from model.extractor import Extractor
 from pipeline import schema
 from pipeline.disk import sha256_of
@@ -236,6 +237,24 @@ def test_a_trained_folder_loads_by_its_type(cell):
         assert torch.equal(tensor.cpu(), model.state_dict()[name]), name
     assert type(transformers.AutoConfig.from_pretrained(folder)) is smartave.Config
     assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()["[VALUE]"] == 4
+
+
+def test_a_folder_to_hand_on_has_a_card_and_works(cell, tmp_path, monkeypatch):
+    monkeypatch.chdir(cell)
+    folder = tmp_path / "upload"
+    card.assemble("mine", "tiny", 0, folder)
+    trained = cell / "runs/mine/tiny/0/model"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {path.name for path in trained.iterdir()} | {"README.md"}
+    found = ModelCard.load(folder / "README.md")
+    metrics = read(cell / "metrics/mine/tiny/0.json")
+    assert found.data.eval_results[0].metric_value == metrics["f1"]
+    assert found.text.count("| origin: ") == 3
+    assert "| test split | 6 products, 24 questions, 18 with a value |" in found.text
+    assert "Color, Scent, Shape, Size." in found.text
+    line = {"asin": "B000000099", "title": title(1), "category": ["Mugs"]}
+    (color,) = Extractor.from_pretrained(folder)(line, attributes=["Color"])["attributes"]
+    assert [value["value"] for value in color["values"]] == ["green"]
 
 
 def test_baselines_go_the_same_road(cell, tmp_path, monkeypatch):

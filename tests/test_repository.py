@@ -25,6 +25,7 @@ COMMANDS = (
     "model.report",
     "model.grid",
     "model.predict",
+    "model.card",
     "pipeline.mave",
     "pipeline.mepave",
     "pipeline.shards",
