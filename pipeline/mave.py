@@ -23,7 +23,7 @@ import orjson
 from pipeline import clean
 from pipeline.disk import atomically
 from pipeline.labels import NONE, Labels, Spool
-from pipeline.lines import MAX_LINE_BYTES, numbered, opened, parse
+from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, numbered, opened, parse
 from pipeline.tally import MAX_EXAMPLES, Tally
 
 __all__ = ["MAX_LINE_BYTES", "Record", "join", "may_be_wanted", "opened", "parse", "records"]
@@ -114,11 +114,11 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):
                     places[number] = made.add(_full_line(labels.label(number), paragraphs))
-        with atomically(output) as temporary, temporary.open("wb") as file:
+        with atomically(output) as temporary, temporary.open("wb", buffering=BLOCK_BYTES) as file:
             for asin in sorted(labels.products):
                 for number in labels.numbers(labels.products[asin]):
                     if places[number] != NONE:
-                        file.write(made.get(places[number]) + b"\n")
+                        file.write(made.get(places[number]))
         tally.add("lines written", count=len(made))
     return tally
 
@@ -131,9 +131,9 @@ def _full_line(label: dict[str, Any], paragraphs: Any) -> bytes:
         "attributes": label["attributes"],
     }
     try:
-        return orjson.dumps(row)
+        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair, or a giant number
-        return json.dumps(row).encode()
+        return json.dumps(row).encode() + b"\n"
 
 
 def main() -> None:
