@@ -69,15 +69,15 @@ def inspect(data: bytes, *, max_pixels: int, min_px: int) -> Verdict:
 def _decoded_size(image: Image.Image, data: bytes) -> tuple[int, int]:
     """Width and height upright, after all of the bytes were decoded.
 
-    Of an ordinary JPEG every coefficient is read and only an eighth of the pixels made: nothing behind the
-    coefficients can fail.
+    Of an ordinary JPEG every coefficient is read and only the brightness of an eighth of the pixels made:
+    nothing behind the coefficients can fail.
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return decode(data).size
     width, height = image.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image.draft(image.mode, (width // 8, height // 8))
+        image.draft("L", (width // 8, height // 8))
         image.load()
         turned = UPRIGHT.get(_orientation(image))
     return (height, width) if turned in SIDEWAYS else (width, height)
