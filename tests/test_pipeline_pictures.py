@@ -1,9 +1,12 @@
+import io
+import random
 import resource
 import sys
 
 import numpy as np
 import pytest
 from corrupt_images import MAX_PIXELS, TABLE
+from PIL import Image
 
 from pipeline import pictures
 
@@ -32,3 +35,24 @@ def test_the_first_frame_of_an_animation_and_transparency_over_white_are_what_is
     sixteen = np.asarray(pictures.decode(TABLE["16 bits"][0]))
     assert sixteen[0, 0].tolist() == [0, 0, 0]
     assert sixteen[-1, -1].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("form", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
+def test_a_damaged_jpeg_passes_exactly_when_all_of_its_pixels_can_be_made(form):
+    rng = random.Random(0)
+    file = io.BytesIO()
+    Image.frombytes("RGB", (96, 64), rng.randbytes(96 * 64 * 3)).save(file, "JPEG", **form)
+    passed = []
+    for _ in range(150):
+        data = bytearray(file.getvalue())
+        begin = rng.randrange(len(data))
+        data[begin : begin + rng.randrange(300)] = rng.randbytes(rng.randrange(3))
+        data = bytes(data)
+        passed.append(pictures.inspect(data, max_pixels=MAX_PIXELS, min_px=1).status == "ok")
+        try:
+            size = pictures.decode(data).size
+        except Exception:  # noqa: BLE001 - a decoder may raise anything on hostile bytes
+            size = None
+        if size is None or size[0] * size[1] <= MAX_PIXELS:
+            assert passed[-1] == (size is not None)
+    assert 10 < sum(passed) < 140
