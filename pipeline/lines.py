@@ -16,7 +16,7 @@ from isal import igzip, isal_zlib
 from pipeline import progress
 from pipeline.tally import Tally
 
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 AHEAD_WAIT_S = 2e-4  # for the lock between two blocks; Python's 5 ms would halve the rate
 AHEAD = 4  # blocks that are unzipped while others are worked on
