@@ -10,7 +10,6 @@ negatives; spans that are off, products of no category, dead and broken pictures
 
 import argparse
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -31,6 +30,9 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from pipeline.disk import sha256_of
+from pipeline.editing import edited
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [f"Attribute {number}" for number in range(30)]
@@ -182,21 +184,16 @@ def serving(folder: Path) -> Iterator[str]:
 
 def turn_on(project: Path, folder: Path, place: str) -> None:
     """Name MAVE in the project's params.yaml, and change its addresses, pins and image hosts."""
-    yaml, path = YAML(), project / "params.yaml"
-    content = yaml.load(path.read_text())
-    entry = content["corpora"]["mave"]
-    served = ["positives.jsonl", "negatives.jsonl", "all.json.gz"]
-    served += [f"meta_{number}.json.gz" for number in range(len(entry["roots"]))]
-    files = [*entry["labels"], *entry["metadata"], *entry["roots"].values()]
-    for file, name in zip(files, served, strict=True):
-        with (folder / name).open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        size = (folder / name).stat().st_size
-        file.update(url=f"http://{place}/{name}", mirrors=[], sha256=digest, size=size)
-    entry["images"]["hosts"] = [DoubleQuotedScalarString(place)]
-    content["run"]["corpora"] = ["mave"]
-    with path.open("w") as out:
-        yaml.dump(content, out)
+    with edited(project / "params.yaml") as content:
+        entry = content["corpora"]["mave"]
+        served = ["positives.jsonl", "negatives.jsonl", "all.json.gz"]
+        served += [f"meta_{number}.json.gz" for number in range(len(entry["roots"]))]
+        files = [*entry["labels"], *entry["metadata"], *entry["roots"].values()]
+        for file, name in zip(files, served, strict=True):
+            digest, size = sha256_of(folder / name), (folder / name).stat().st_size
+            file.update(url=f"http://{place}/{name}", mirrors=[], sha256=digest, size=size)
+        entry["images"]["hosts"] = [DoubleQuotedScalarString(place)]
+        content["run"]["corpora"] = ["mave"]
 
 
 def copy_project(project: Path) -> None:
@@ -213,7 +210,7 @@ def copy_project(project: Path) -> None:
 
 def rehearse(project: Path, files: Path, num_lines: int, labelled: float) -> dict[str, Any]:
     """Run `dvc repro images@mave` in `project`, a copy of ours; its metrics of products and images."""
-    roots = list(YAML().load((project / "params.yaml").read_text())["corpora"]["mave"]["roots"])
+    roots = list(YAML(typ="safe").load((project / "params.yaml").read_text())["corpora"]["mave"]["roots"])
     with serving(files) as place:
         write_files(files, place, roots, num_lines, labelled)
         turn_on(project, files, place)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from features.decode import batches, groups
 from features.lines import Line, agreement, lines_in_order, shares
@@ -56,6 +56,14 @@ class Settings(params.Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _engine_knows(self) -> "Settings":
+        names = ("mode", "languages", "recognizer", "weights", "device")
+        given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        if self.engine == "rapidocr" and given:
+            raise ValueError(f"engine rapidocr knows no {', '.join(given)}")
+        return self
 
 
 def weight_files(settings: Settings) -> dict[str, Path]:

@@ -35,7 +35,7 @@ def fetch(model: str, output: Path, *, sha256: str | None = None, plain_http: Co
         raise ValueError(f"{model} is neither an address nor one of {', '.join(MODELS)}")
     name = Path(urlsplit(url).path).name
     digits = MD5_IN_NAME.fullmatch(name)
-    if sha256 is None and not digits:
+    if sha256 is None and url not in MODELS.values():
         raise ValueError(f"{url} must be pinned: pass its --sha256")
     path = Download(urls=[url], sha256=sha256, plain_http=plain_http).fetch()
     if digits:

@@ -45,8 +45,9 @@ def bars(
         axes = figure.add_subplot()
         for number, (system, scores) in enumerate(systems.items()):
             color = FLOOR if system == "floor" else COLORS[number % len(COLORS)]
-            places = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
-            lengths = [scores.get(name, 0.0) for name in names]
+            there = [row for row, name in enumerate(names) if name in scores]  # no bar is no score
+            places = [row + 0.4 - (number + 0.5) * height for row in there]
+            lengths = [scores[names[row]] for row in there]
             drawn = axes.barh(places, lengths, height * 0.92, label=system, color=color)
             axes.bar_label(drawn, fmt=form, padding=2, fontsize=7, color="#4b5563")
         axes.set(

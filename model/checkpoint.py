@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from model.examples import Extraction, Question
 
 PROVENANCE = "provenance.json"
+ARCHITECTURE = re.compile(r"model\.(baselines\.)?[a-z][a-z0-9_]*")
 COSTS = Path(".cache/costs")  # what training took, outside DVC's outputs: clocks differ, outputs must not
 
 
@@ -23,7 +25,10 @@ def load(folder: Path) -> tuple[Any, Any]:
     about = Path(folder) / PROVENANCE
     if not about.is_file():
         raise ValueError(f"{folder} is not a trained model: it has no {PROVENANCE}")
-    architecture = importlib.import_module(json.loads(about.read_text())["architecture"])
+    name = json.loads(about.read_text()).get("architecture")
+    if not isinstance(name, str) or not ARCHITECTURE.fullmatch(name):
+        raise ValueError(f"{about}: architecture must be a module of model/, got {name!r}")
+    architecture = importlib.import_module(name)
     model = architecture.Model.from_pretrained(folder, use_safetensors=True)
     processor = architecture.Processor.from_pretrained(folder)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor

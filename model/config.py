@@ -33,6 +33,7 @@ from ruamel.yaml.events import AliasEvent, NodeEvent
 
 import features.ocr
 import features.regions
+import model.checkpoint
 import model.evaluate
 import model.train
 import pipeline.images
@@ -44,7 +45,6 @@ from pipeline.provenance import code_digest
 PARAMS = Path("params.yaml")
 CORPUS_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
-ARCHITECTURE = re.compile(r"model\.(baselines\.)?[a-z][a-z0-9_]*")
 STAGES: dict[str, type[Settings]] = {
     "products": pipeline.products.Settings,
     "images": pipeline.images.Settings,
@@ -211,7 +211,11 @@ class Checker:
         if name is None:
             self.complain((*where, "architecture"), "is missing (or `base`, the model that it varies)")
             return None
-        known = isinstance(name, str) and ARCHITECTURE.fullmatch(name) and importlib.util.find_spec(name)
+        known = (
+            isinstance(name, str)
+            and model.checkpoint.ARCHITECTURE.fullmatch(name)
+            and importlib.util.find_spec(name)
+        )
         if not known or not hasattr(importlib.import_module(name), "Settings"):
             self.complain((*where, "architecture"), f"must be a module of model/ with Settings, got {name!r}")
             return None
@@ -260,10 +264,10 @@ class Checker:
                     self.complain(
                         ("run", section, position), f"must be one of {', '.join(declared)}, got {name!r}"
                     )
-        self.files["run.json"] = {**run.model_dump(mode="json"), "same": self.same(run.corpora, models)}
+        self.files["run.json"] = {**run.model_dump(mode="json"), "same": self.same(corpora, models)}
 
-    def same(self, corpora: list[str], models: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Per corpus that runs, each model that resolves to what one before it does, and that one's name.
+    def same(self, corpora: Iterable[str], models: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Per corpus, each model that resolves to what one before it does, and that one's name.
 
         So a variant that repeats its base's setting (the paper's tables have the base in each) need not run.
         """

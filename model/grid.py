@@ -19,6 +19,7 @@ from typing import Any
 
 from model import config, paper, results
 from pipeline import params
+from pipeline.editing import edited
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def missing(
     there = {
         (one["model"], one["seed"])
         for one in results.cells([corpus])
-        if one["model"] in models and one["settings"] == results.settings_digest(corpus, one["model"])
+        if one["model"] in models and results.is_current(one)
     }
     wanted = [Cell(model, seed) for model in models if model not in same for seed in seeds]
     return [cell for cell in wanted if (cell.model, cell.seed) not in there], same
@@ -95,23 +96,15 @@ def estimate(
 
 def name_in_params(corpus: str, cells: Sequence[Cell], path: Path = config.PARAMS) -> None:
     """Write `run:` so that it names these cells (and, being a product of three lists, maybe more)."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    content = yaml.load(path.read_text(encoding="utf-8"))
     lists = {
         "corpora": [corpus],
         "models": list(dict.fromkeys(cell.model for cell in cells)),
         "seeds": sorted({cell.seed for cell in cells}),
     }
-    for name, values in lists.items():
-        content["run"][name].clear()
-        content["run"][name].extend(values)
-    with path.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
+    with edited(path) as content:
+        for name, values in lists.items():
+            content["run"][name].clear()
+            content["run"][name].extend(values)
 
 
 def run(corpus: str, models: Sequence[str], seeds: Sequence[int], only_estimate: bool) -> None:

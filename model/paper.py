@@ -7,6 +7,7 @@ micro score over (product, attribute, value) where a column does not say otherwi
 One file: each table is the paper's numbers, and the function that sets ours beside them.
 """
 
+import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from model import charts
-from model.metrics import Answer, answer, normalise, paired_bootstrap
+from model.metrics import Answer, answer, paired_bootstrap
 from model.results import ATTRIBUTES
 
 Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
@@ -65,20 +66,6 @@ TABLE_3 = (  # label, model, the paper's parameters and F1
     ("Decoder-4L", "smartave-decoder-4", "161M", {"mepave": "91.52", "mave": "93.69"}),
     ("Decoder-12L", "smartave-decoder-12", "241M", {"mepave": "91.61", "mave": "93.73"}),
 )
-STATISTICS = {  # Tables 4 and 5: products, instances, attributes, values; MEPAVE's rows carry no category
-    "mepave": {"Total": "34,041 87,194 26 2,129"},
-    "mave": {
-        "Amazon Fashion": "4k 16.6k 18 1.1k",
-        "All Beauty": "4k 17.3k 23 1.3k",
-        "Appliances": "4k 12.5k 16 0.8k",
-        "Books": "4k 12.7k 9 0.8k",
-        "Grocery and Gourmet Food": "4k 9.8k 12 0.7k",
-        "Home and Kitchen": "4k 11.2k 15 0.8k",
-        "Sports and Outdoors": "4k 12.7k 16 0.9k",
-        "Toys and Games": "4k 12.2k 15 1.0k",
-        "Total": "32k 105k 65 3.6k",
-    },
-}
 TABLE_7 = (
     ("batch 16", "smartave-batch-16", {"mepave": "91.46", "mave": "93.62"}),
     ("batch 32", "smartave-batch-32", {"mepave": "91.42", "mave": "93.69"}),
@@ -223,13 +210,17 @@ def answers_of(model: str, cells: Sequence[tuple[str, int]]) -> list[Answer] | N
 
 def significance(results: Results, corpus: str, model: str, than: str = "smartave") -> str:
     """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1, and how likely without any."""
+    if model == than:
+        return "–"
     both = [
         {(one["corpus"], one["seed"]) for one in results.get((corpus, name), ())} for name in (model, than)
     ]
     cells = sorted(both[0] & both[1])
     first, second = answers_of(model, cells), answers_of(than, cells)
-    if model == than or not first or not second:
+    if not first or not second:
         return "–"
+    if [(one.item, one.attribute) for one in first] != [(one.item, one.attribute) for one in second]:
+        return "not the same questions"
     found = paired_bootstrap(first, second)
     p = "p < 0.002" if found["p"] < 0.002 else f"p = {found['p']:.3f}"
     return f"{100 * found['difference']:+.1f}, {p}"
@@ -252,16 +243,12 @@ def main_table(results: Results, corpora: Sequence[str]) -> Table:
 
 
 def floor_of(results: Results, corpus: str, *keys: Any) -> str:
-    """The floor is the same for every model of a corpus."""
-    for (its, _), found in results.items():
-        if its == corpus:
-            value: Any = found[0]["floor"]
-            for key in keys:
-                value = value.get(key) if isinstance(value, dict) else value and value[key]
-            if value is None:
-                return "–"
-            return f"{100 * value:.2f}"
-    return NOT_RUN
+    """The same for every model of a corpus; a mean over folds."""
+    model = next((name for its, name in results if its == corpus), None)
+    if model is None:
+        return NOT_RUN
+    found = numbers(results, corpus, model, "floor", *keys)
+    return f"{100 * statistics.fmean(found):.2f}" if found else "–"
 
 
 def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
@@ -374,36 +361,18 @@ def search_table(results: Results, corpora: Sequence[str]) -> Table:
 
 
 def statistics_table(corpus: str) -> Table:
-    """Tables 4 and 5: products, instances (evidences, and values without one), attributes, values."""
-    counts: dict[str, dict[str, Any]] = {}
-    columns = ["item", "root_category", "category", "attributes"]
-    for batch in pq.ParquetFile(Path("data", corpus, "products.parquet")).iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            for name in (row["root_category"] or row["category"] or "(none)", "Total"):
-                of = counts.setdefault(
-                    name, {"products": set(), "instances": 0, "attributes": set(), "values": set()}
-                )
-                of["products"].add(row["item"])
-                for one in row["attributes"]:
-                    spelled = {normalise(evidence["value"]) for evidence in one["evidences"]}
-                    bare = [value for value in one["values"] if normalise(value) not in spelled]
-                    of["instances"] += len(one["evidences"]) + len(bare)
-                    if one["values"] or one["evidences"]:
-                        of["attributes"].add(one["key"])
-                        of["values"] |= {normalise(value) for value in one["values"]} | spelled
-    total = counts.pop("Total")
-    shown = sorted(counts.items(), key=lambda one: (-len(one[1]["products"]), one[0]))
-    grey: dict[Cell, str] = {}
-    rows: list[list[str]] = []
-    for name, of in [*shown[:20], ("Total", total)]:
-        for column, text in enumerate(STATISTICS.get(corpus, {}).get(name, "").split(), 1):
-            grey[len(rows), column] = text
-        sizes = (len(of["products"]), of["instances"], len(of["attributes"]), len(of["values"]))
-        rows.append([name, *(f"{size:,}" for size in sizes)])
-    if len(shown) > 20:
-        rows.insert(20, [f"({len(shown) - 20} more)", *[""] * 4])
-        grey = {(row + (row == 20), column): text for (row, column), text in grey.items()}
-    return Table(["category", "# product", "# instance", "# attribute", "# value"], rows, grey=grey)
+    """Tables 4 and 5, as `pipeline.tables` counted them; the paper's numbers beside the paper's corpora."""
+    metrics = json.loads(Path("metrics", corpus, "products.json").read_text(encoding="utf-8"))
+    groups = {name: one for name, one in metrics["tables"].items() if "instances" in one}
+    columns = ("products", "instances", "attributes", "values")
+    rows = [[name, *(f"{one[column]:,}" for column in columns)] for name, one in groups.items()]
+    grey = {
+        (row, at): f"{one['paper'][column]:,}"
+        for row, one in enumerate(groups.values())
+        if "paper" in one and corpus in ("mave", "mepave")
+        for at, column in enumerate(columns, 1)
+    }
+    return Table(["category", *(f"# {column.removesuffix('s')}" for column in columns)], rows, grey=grey)
 
 
 # Figures
@@ -471,7 +440,7 @@ def everything(results: Results) -> tuple[list[tuple[str, str, Table]], list[tup
         ]
     tables.append(("Table 3: layers", f"{SCORE} {beside}", layers_table(results, corpora)))
     for corpus in corpora:
-        if Path("data", corpus, "products.parquet").is_file():
+        if Path("metrics", corpus, "products.json").is_file():
             name = {"mepave": "Table 4", "mave": "Table 5"}.get(corpus, "Tables 4 and 5 for")
             tables.append((f"{name} {corpus}: statistics", "", statistics_table(corpus)))
     tables.append(

@@ -239,8 +239,12 @@ def markdown(table: Table) -> str:
 
 
 def reproduction(same: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """The paper's tables and figures from all results that are kept; figures go to reports/figures/."""
-    found = results.cells()
+    """The paper's tables and figures from the kept results; figures go to reports/figures/.
+
+    A result of other settings than today's is left out, and counted.
+    """
+    kept = results.cells()
+    found = [one for one in kept if results.is_current(one)]
     tables, figures = paper.everything(paper.gather(found, same))
     folder = REPORTS / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +257,10 @@ def reproduction(same: dict[str, dict[str, str]]) -> dict[str, Any]:
             path.unlink(missing_ok=True)
         file = path.relative_to(REPORTS).as_posix() if svg else None
         drawn.append({"title": title, "note": note, "svg": svg, "file": file})
-    return {"cells": len(found), "tables": tables, "figures": drawn}
+    note = f"From {len(found)} finished cells in docs/results/"
+    if len(found) < len(kept):
+        note += f"; left out are {len(kept) - len(found)} made with other settings than today's"
+    return {"note": f"{note}.", "tables": tables, "figures": drawn}
 
 
 def write(sections: Sequence[dict[str, Any]], whole: dict[str, Any]) -> None:
@@ -276,7 +283,7 @@ def write(sections: Sequence[dict[str, Any]], whole: dict[str, Any]) -> None:
         parts += ["### Scores on the test split", markdown(one["scores"])]
         for title, table in one["data"]:
             parts += [f"### {title}", markdown(table)]
-    parts += ["## The paper's tables and figures", f"From {whole['cells']} finished cells in docs/results/."]
+    parts += ["## The paper's tables and figures", whole["note"]]
     for title, note, table in whole["tables"]:
         parts += [f"### {title}", *([note] if note else []), markdown(table)]
     for figure in whole["figures"]:

@@ -20,7 +20,7 @@ MAX_BYTES = 2048
 ATTRIBUTES = ("Brand", "Shape", "Color", "Type")  # of the paper's Table 2: kept first
 ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
-STAGES = ("products", "images", "ocr", "regions", "evaluate")
+STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 
 
 def settings_digest(corpus: str, model: str) -> str:
@@ -30,6 +30,12 @@ def settings_digest(corpus: str, model: str) -> str:
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
     return digest([cell, stages])[:16]
+
+
+def is_current(one: dict[str, Any]) -> bool:
+    """Whether a kept result has the settings that params.yaml gives its cell today."""
+    path = params.CONFIG / one["corpus"] / "models" / f"{one['model']}.json"
+    return path.is_file() and one["settings"] == settings_digest(one["corpus"], one["model"])
 
 
 def commit() -> str | None:

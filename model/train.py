@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from model.checkpoint import COSTS
 from model.examples import Question, questions
 from pipeline import params
 from pipeline.disk import sha256_of, write_json
@@ -208,8 +209,9 @@ def characters(question: Question) -> int:
 
 def fit(
     cell: Cell, training: Sequence[Question], validation: Sequence[Question], seed: int, checkpoints: Path
-) -> tuple[Any, Any, list[dict[str, float]]]:
-    """The model with the best validation F1 among the looks, its processor, and the learning curves."""
+) -> tuple[Any, Any, list[dict[str, float]], bool]:
+    """The model with the best validation F1 among the looks, its processor, the learning curves, and whether
+    an earlier run was gone on with."""
     import torch
     import transformers
 
@@ -321,7 +323,7 @@ def fit(
     with trainer.args.main_process_first(desc="looking for checkpoints"):
         last = last_whole_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=last)
-    return model.eval(), processor, curves(trainer.state.log_history)
+    return model.eval(), processor, curves(trainer.state.log_history), last is not None
 
 
 def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question]) -> dict[str, Any]:
@@ -348,8 +350,6 @@ def keep_cost(corpus: str, name: str, seed: int, seconds: float, examples: int) 
     """Note how long a training took that was not interrupted, for the paper's Table 3 and for estimates."""
     import torch
 
-    from model.checkpoint import COSTS
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     path = COSTS / corpus / name / f"{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -369,12 +369,18 @@ def run(corpus: str, name: str, seed: int) -> None:
             f"{corpus} has {len(training)} training and {len(validation)} validation questions; "
             "both must be there"
         )
-    resumed, started = last_whole_checkpoint(checkpoints) is not None, time.perf_counter()
-    model, processor, history = fit(cell, training, validation, seed, checkpoints)
+    started = time.perf_counter()
+    model, processor, history, resumed = fit(cell, training, validation, seed, checkpoints)
     if int(os.environ.get("RANK", "0")):
         return  # the first process of several writes for all
-    if not resumed:
+    if resumed:
+        (COSTS / corpus / name / f"{seed}.json").unlink(missing_ok=True)
+    else:
         keep_cost(corpus, name, seed, time.perf_counter() - started, len(training) * cell.train.epochs)
+    processor.truncated.clear()  # every epoch counted again, and processes that load batches not at all
+    for question in training:
+        processor.encode(question)
+    truncated = dict(sorted(processor.truncated.items()))
     rows = judge(model, processor, validation, 2 * cell.train.batch_size)
     folder = Path("runs", corpus, name, str(seed))
     temporary = folder / "model.tmp"
@@ -383,7 +389,7 @@ def run(corpus: str, name: str, seed: int) -> None:
     processor.save_pretrained(temporary)
     documents = {
         temporary / "validation.json": rows,
-        temporary / "truncated.json": dict(sorted(processor.truncated.items())),
+        temporary / "truncated.json": truncated,
         temporary / "provenance.json": provenance(corpus, cell, seed, training),
         folder / "history.json": history,
     }

@@ -9,6 +9,7 @@ Nothing that somebody made is ever cleared: data, caches and shards are named, w
 import argparse
 import fcntl
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -141,7 +142,7 @@ def wheels() -> Iterator[Problem]:
 
 def remains() -> Iterator[Problem]:
     """Temporary files that a killed run left; not while a stage is running."""
-    if any(_is_held(lock) for lock in STAGE_LOCKS.glob("*.lock")) or _is_held(DVC_LOCK):
+    if any(map(_is_held, (*STAGE_LOCKS.glob("*.lock"), DVC_LOCK))) or _dvc_runs_a_stage():
         return
     for folder in Path("data").glob("*/.source.partial"):
         yield Problem(
@@ -151,6 +152,20 @@ def remains() -> Iterator[Problem]:
         for path in sorted(Path(root).glob("**/.*.tmp")):
             if path.is_file():
                 yield Problem(f"{path} is left of a killed run", "delete it", path.unlink)
+
+
+def _dvc_runs_a_stage() -> bool:
+    """DVC lets go of its own lock while a stage's command runs; its rwlock then names the process."""
+    import psutil
+
+    try:
+        held = json.loads(RWLOCK.read_text())
+        infos = [*held.get("write", {}).values(), *itertools.chain(*held.get("read", {}).values())]
+        return any(psutil.pid_exists(info["pid"]) for info in infos)
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return True  # not readable, so nobody knows; `broken_lock` says what to do
 
 
 def incomplete_stages() -> Iterator[Problem]:

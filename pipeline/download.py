@@ -173,8 +173,9 @@ class Download:
             raise Refused(f"HTTP {status}")
         start, total = _extent(response)
         if start != (partial.offset if status == 206 else 0):
+            asked = partial.offset
             partial.restart()
-            raise Transient(f"asked for byte {partial.offset} on, got byte {start} on")
+            raise Transient(f"asked for byte {asked} on, got byte {start} on")
         if status == 200:
             partial.restart()
             partial.remember(response.headers)

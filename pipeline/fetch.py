@@ -101,11 +101,10 @@ class Turns:
         self._next = 0.0
 
     async def take(self) -> None:
-        now = asyncio.get_running_loop().time()
-        at = max(now, self._next)
-        self._next = at + self._apart_s
-        if at > now:
-            await asyncio.sleep(at - now)
+        clock = asyncio.get_running_loop().time
+        while (wait_s := self._next - clock()) > 0:  # meanwhile another may have come first
+            await asyncio.sleep(wait_s)
+        self._next = clock() + self._apart_s
 
     def hold(self, seconds: float) -> None:
         self._next = max(self._next, asyncio.get_running_loop().time() + seconds)
@@ -226,9 +225,8 @@ class _Stop(tenacity.stop.stop_base):
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    asked = _asked_s(state)
     back_off = tenacity.wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S)
-    return back_off(state) if asked is None else asked
+    return max(_asked_s(state) or 0.0, back_off(state))
 
 
 class Background:

@@ -128,7 +128,7 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
 
     def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
         kept = {row["asin"]: _kept(row["url"]) for row in rows if row["url"] and row["local"] is None}
-        urls = {row["asin"]: row["url"] for row in rows if row["asin"] in kept and not kept[row["asin"]]}
+        urls = {row["asin"]: row["url"] for row in rows if kept.get(row["asin"], b"") is None}
         fetched = iter(network()(urls.values()) if urls else ())
         made = []
         for row in rows:
@@ -162,8 +162,10 @@ def _place(url: str) -> Path:
 
 
 def _kept(url: str) -> bytes | None:
-    place = _place(url)
-    return place.read_bytes() if place.is_file() else None
+    try:
+        return _place(url).read_bytes() or None
+    except FileNotFoundError:  # also when a neighbour with the same address has just forgotten it
+        return None
 
 
 def _keep(made: list[dict[str, Any]], urls: list[str | None]) -> None:
@@ -268,7 +270,8 @@ def main() -> None:
     try:
         settings = params.load(Settings, params.CONFIG / given.corpus / "images.json")
         if given.retry_failed is not None:
-            forget_failed(given.corpus, given.retry_failed or TRANSIENT)
+            with shards.sole_writer("images", given.corpus):
+                forget_failed(given.corpus, given.retry_failed or TRANSIENT)
         shards.run(job(given.corpus, settings))
     except ValueError as error:
         raise SystemExit(f"images: {error}") from error

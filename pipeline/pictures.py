@@ -77,7 +77,7 @@ def _decoded_size(image: Image.Image, data: bytes) -> tuple[int, int]:
     width, height = image.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image.draft("L", (width // 8, height // 8))
+        image.draft("L", (max(1, width // 8), max(1, height // 8)))
         image.load()
         turned = UPRIGHT.get(_orientation(image))
     return (height, width) if turned in SIDEWAYS else (width, height)

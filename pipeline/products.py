@@ -68,7 +68,7 @@ def build(source: Path, corpus: str, settings: Settings, tally: Tally) -> list[d
     if settings.kind == "mepave":
         rows = mepave.rows(source, corpus, settings.negatives, settings.split.seed, tally)
     else:
-        rows = list(_sampled(mave_rows(source, corpus, settings, tally), settings))
+        rows = list(_sampled(mave_rows(source, corpus, settings, tally), settings, tally))
     if not rows:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(tally.counts.items()))
         raise ValueError(f"{source}: no product is left ({reasons or 'the files are empty'})")
@@ -238,8 +238,8 @@ def _choose(
         for one in chosen:
             cut["value beyond the first"] += len(one["values"][1:])
             one["values"], one["origins"] = one["values"][:1], one["origins"][:1]
-            known = {_folded(value) for value in one["values"]}
-            one["evidences"] = [span for span in one["evidences"] if _folded(span["value"]) in known]
+            known = {tables.folded(value) for value in one["values"]}
+            one["evidences"] = [span for span in one["evidences"] if tables.folded(span["value"]) in known]
     for reason, count in (+cut).items():
         tally.add(reason, count=count)
     row["attributes"] = chosen
@@ -407,10 +407,10 @@ def without_sources(
 def _with_origins(attribute: Attribute, spans: list[dict[str, Any]], texts: list[str]) -> Attribute:
     """Values are those labelled and those of the spans; an origin not given is text or unknown."""
     values, origins = list(attribute.values), list(attribute.origins)
-    known = {_folded(value) for value in values}
+    known = {tables.folded(value) for value in values}
     for span in spans:
-        if _folded(span["value"]) not in known:
-            known.add(_folded(span["value"]))
+        if tables.folded(span["value"]) not in known:
+            known.add(tables.folded(span["value"]))
             values.append(span["value"])
             origins.append("text")
     for i, (value, origin) in enumerate(zip(values, origins, strict=True)):
@@ -419,21 +419,17 @@ def _with_origins(attribute: Attribute, spans: list[dict[str, Any]], texts: list
     return Attribute(attribute.key, values, origins, spans)
 
 
-def _folded(value: str) -> str:
-    return " ".join(value.casefold().split())
-
-
 def _stands_in(value: str, spans: list[dict[str, Any]], texts: list[str]) -> bool:
-    if any(_folded(span["value"]) == _folded(value) for span in spans):
+    if any(tables.folded(span["value"]) == tables.folded(value) for span in spans):
         return True
-    word = re.compile(rf"(?<!\w){re.escape(_folded(value))}(?!\w)")
-    return any(word.search(_folded(text)) for text in texts)
+    word = re.compile(rf"(?<!\w){re.escape(tables.folded(value))}(?!\w)")
+    return any(word.search(tables.folded(text)) for text in texts)
 
 
 # Sampling and splitting
 
 
-def _sampled(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterator[dict[str, Any]]:
+def _sampled(rows: Iterable[dict[str, Any]], settings: Settings, tally: Tally) -> Iterator[dict[str, Any]]:
     """At most `products_per_root` eligible rows of each root: those of the lowest seeded hash, so that
     neither the order of the input nor other products matter. Holds no more rows than it returns."""
     if settings.products_per_root is None:
@@ -442,14 +438,16 @@ def _sampled(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterator[dic
     chosen: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
     for row in rows:
         if settings.require_image and not row["image_urls"]:
+            tally.add("not sampled: no image address", row["item"])
             continue
         if not any(attribute["values"] for attribute in row["attributes"]):
+            tally.add("not sampled: no value", row["item"])
             continue
         heap = chosen.setdefault(row["root_category"], [])
         lowest_last = -int.from_bytes(rank(settings.split.seed, row["item"]), "big")
         heapq.heappush(heap, (lowest_last, row["item"], row))
         if len(heap) > settings.products_per_root:
-            heapq.heappop(heap)
+            tally.add("not sampled: beyond products_per_root", heapq.heappop(heap)[1])
     for heap in chosen.values():
         yield from (row for _, _, row in heap)
 
@@ -492,9 +490,7 @@ def summary(rows: list[dict[str, Any]], settings: Settings, tally: Tally) -> dic
         "questions": len(questions),
         "attributes": len({attribute["key"] for _, attribute in questions}),
         "splits": splits,
-        "tables": tables.table_4(rows)
-        if settings.kind == "mepave"
-        else tables.table_5(rows, settings.instance),
+        "tables": tables.counted(rows, settings.kind, settings.instance),
         "counted": tally.report(),
     }
 

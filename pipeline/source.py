@@ -23,8 +23,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline import mepave, params, progress, sample
-from pipeline.disk import atomically, check_room, sha256_of, sync_folder
+from pipeline.disk import check_room, sha256_of, sync_folder
 from pipeline.download import CHUNK_BYTES, Download, check_is_data, is_loopback
+from pipeline.editing import edited, read
 
 PARAMS = Path("params.yaml")
 FORM = (
@@ -215,32 +216,22 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     A local file's pin is made anew. A URL that has a pin keeps it; one without is downloaded and pinned as
     it came, on trust.
     """
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    content = yaml.load(path.read_text(encoding="utf-8"))
-    entries = (content or {}).get("corpora") or {}
+    entries = (read(path) or {}).get("corpora") or {}
     if corpus not in entries:
         raise ValueError(f"{path}: corpora has no {corpus!r}, only {', '.join(entries) or 'nothing'}")
-    entry = entries[corpus]
-    written = []
-    settings = _settings(entry, f"{path}: corpora.{corpus}")
-    for one in wanted(settings):
+    pins: list[tuple[Wanted, str, int]] = []
+    for one in wanted(_settings(entries[corpus], f"{path}: corpora.{corpus}")):
         if one.file.url is not None and one.file.sha256 is not None:
             continue
         local = Path(one.file.path) if one.file.path is not None else download(one, corpus)
         if not local.is_file():
             raise ValueError(f"{local} is not a file: put it there, or correct the path in {path}")
         check_local(local)
-        found, size = sha256_of(local), local.stat().st_size
-        _set_pin(entry, one, found, size)
-        written.append(f"{one.file.place}: {found} ({size} bytes)")
-    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
-    return written
+        pins.append((one, sha256_of(local), local.stat().st_size))
+    with edited(path) as content:
+        for one, found, size in pins:
+            _set_pin(content["corpora"][corpus], one, found, size)
+    return [f"{one.file.place}: {found} ({size} bytes)" for one, found, size in pins]
 
 
 def _settings(entry: Any, where: str) -> params.Settings:

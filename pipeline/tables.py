@@ -79,7 +79,7 @@ def _counted(rows: Rows, instance: str) -> dict[str, Any]:
     positive = [attribute for attribute in asked if attribute["values"]]
     instances = {
         "pairs": len(positive),
-        "values": sum(len({_folded(value) for value in attribute["values"]}) for attribute in positive),
+        "values": sum(len({folded(value) for value in attribute["values"]}) for attribute in positive),
         "evidences": sum(len(attribute["evidences"]) for attribute in positive),
     }
     return {
@@ -88,9 +88,10 @@ def _counted(rows: Rows, instance: str) -> dict[str, Any]:
         "instances by reading": instances,
         "negatives": len(asked) - len(positive),
         "attributes": len({attribute["key"] for attribute in positive}),
-        "values": len({_folded(value) for attribute in positive for value in attribute["values"]}),
+        "values": len({folded(value) for attribute in positive for value in attribute["values"]}),
     }
 
 
-def _folded(value: str) -> str:
+def folded(value: str) -> str:
+    """Values that differ in case and blanks alone are one."""
     return " ".join(value.casefold().split())

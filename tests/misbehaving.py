@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 BOMB = gzip.compress(bytes(64 << 20))
 DRIP_S = 0.02
+ENDLESS_PAUSE_S = 0.005
 PIECE_BYTES = 64 << 10
 
 
@@ -108,6 +109,7 @@ class Server:
                 await self.send(target, writer, "200 OK", {}, b"")
                 for _ in range(10_000):
                     await self.body(target, writer, bytes(65536))
+                    await asyncio.sleep(ENDLESS_PAUSE_S)  # or kernels would buffer megabytes
                 return False
             case "bomb":
                 found = {"Content-Encoding": "gzip", "Content-Length": str(len(BOMB))}

@@ -280,6 +280,12 @@ def test_fast_mode_says_with_which_precision_it_ran(monkeypatch):
 # The other engine
 
 
+@pytest.mark.parametrize("given", [{"mode": "fast"}, {"languages": ("ja",)}, {"device": "cuda"}])
+def test_what_rapidocr_does_not_know_is_refused(given):
+    with pytest.raises(ValueError, match=f"engine rapidocr knows no {next(iter(given))}"):
+        ocr.Settings(engine="rapidocr", **given)
+
+
 def test_rapidocr_reads_english_and_chinese_with_the_models_of_its_package(label):
     rapid = ocr.make_worker(ocr.Settings(engine="rapidocr", canvas_px=400))
     [read] = rows_of(rapid, [row(encoded(label[0]))])

@@ -41,8 +41,13 @@ def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(checkpoint, tmp_
     monkeypatch.chdir(tmp_path)
     name, output = "model_final_000000.pkl", tmp_path / "out.safetensors"
     wrong = pytest.raises(ValueError, match=r"has the MD5 [0-9a-f]{32}, and its name says 000000")
-    with serving({name: checkpoint}) as server, wrong:
-        zoo.fetch(server.url(name), output, plain_http=[server.place])
+    with serving({name: checkpoint}) as server:
+        unpinned = pytest.raises(ValueError, match="must be pinned: pass its --sha256")
+        with unpinned:
+            zoo.fetch(server.url(name), output, plain_http=[server.place])
+        monkeypatch.setitem(zoo.MODELS, "tiny", server.url(name))
+        with wrong:
+            zoo.fetch("tiny", output, plain_http=[server.place])
     assert not output.exists()
 
 

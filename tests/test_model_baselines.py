@@ -220,7 +220,7 @@ def test_the_example_of_the_docs_is_a_baseline(tmp_path, monkeypatch):
     small = resolved["settings"] | {"pretrained": None, "tokenizer": "characters", "hidden_size": 48}
     trainer = resolved["train"] | {"batch_size": 4, "epochs": 60, "evaluations": 1, "learning_rate": 0.01}
     cell = Cell.model_validate(resolved | {"settings": small, "train": trainer})
-    made, processor, history = fit(cell, eight(), eight(), 0, tmp_path / "checkpoints")
+    made, processor, history, _ = fit(cell, eight(), eight(), 0, tmp_path / "checkpoints")
     assert history[-1]["validation_f1"] == 1.0
     assert said(made, processor, eight()) == [question.values for question in eight()]
     made.save_pretrained(tmp_path / "made")

@@ -1,7 +1,7 @@
 import torch
 from test_model_baselines import eight, train
 
-from model.baselines.maveqa import visible
+from model.baselines.maveqa import runs_by_paragraph, visible
 from model.examples import Evidence, Product, Question
 
 
@@ -62,3 +62,8 @@ def test_a_run_counts_only_where_its_paragraph_holds_the_value():
     assert [one.value for one in model.extract(examples, processor)[0]] == ["red"]
     model.holds.bias.data -= 99
     assert model.extract(examples, processor) == [()]
+
+
+def test_a_run_ends_with_its_paragraph() -> None:
+    likely, owner = [0.9, 0.8, 0.6, 0.1, 0.7], [1, 1, 2, 2, 2]
+    assert runs_by_paragraph(likely, owner) == [(0, 2, 0.9), (2, 3, 0.6), (4, 5, 0.7)]

@@ -76,7 +76,17 @@ def test_the_settings_digest_follows_settings_and_not_code(project):
     path.write_text(path.read_text().replace('"1"', '"2"'))
     assert settings_digest("mine", "pam") == before
     (project / "config" / "mine" / "ocr.json").write_text('{"canvas_px": 9}')
-    assert settings_digest("mine", "pam") != before
+    assert (after := settings_digest("mine", "pam")) != before
+    (project / "config" / "mine" / "source.json").write_text('{"products": 9}')
+    assert settings_digest("mine", "pam") not in (before, after)
+
+
+def test_a_result_of_other_settings_is_not_current(project):
+    one = json.loads(keep("mine", "pam", 0, whole(), SIZES).read_text())
+    assert results.is_current(one)
+    (project / "config" / "mine" / "source.json").write_text('{"products": 9}')
+    assert not results.is_current(one)
+    assert not results.is_current(one | {"model": "gone"})
 
 
 def test_the_commit_says_when_code_differs_from_it(project, workspace, monkeypatch):

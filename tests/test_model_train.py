@@ -48,7 +48,7 @@ def cell(settings=(), **steps):
 
 
 def fit(folder, the_cell=None):
-    model, _, history = train.fit(the_cell or cell(), asked(24), asked(6), 0, Path(folder))
+    model, _, history, _ = train.fit(the_cell or cell(), asked(24), asked(6), 0, Path(folder))
     return model.state_dict(), history
 
 

@@ -1,6 +1,7 @@
 """Workspaces that are broken in the ways that happen, and what the doctor says and does."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,17 @@ def test_a_stage_that_is_running_is_left_alone(here: Path) -> None:
     with FileLock(here / ".cache/locks/mine.images.lock"):
         assert not [*doctor.remains(), *doctor.incomplete_stages()]
     assert len([*doctor.remains(), *doctor.incomplete_stages()]) == 2
+
+
+def test_what_a_stage_that_dvc_runs_is_writing_is_left_alone(here: Path) -> None:
+    (here / "data/mine/.source.partial").mkdir(parents=True)
+    (here / ".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    lock = here / doctor.RWLOCK
+    alive, gone = {"pid": os.getpid(), "cmd": "dvc repro"}, {"pid": 2**22 + 1, "cmd": "dvc repro"}
+    for held, left in (
+        ({"write": {"a": alive}, "read": {}}, 0),
+        ({"write": {}, "read": {"a": [gone, alive]}}, 0),
+        ({"write": {"a": gone}, "read": {"a": [gone]}}, 1),
+    ):
+        lock.write_text(json.dumps(held))
+        assert len([*doctor.remains()]) == left, held

@@ -186,11 +186,23 @@ def test_an_unknown_stage_is_named_beside_those_that_exist(
         flows.stages_to_run(["a", "d"])
 
 
-def test_every_deployment_names_groups_of_the_real_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "its_own", "later"),
+    [
+        ("full", {"train", "evaluate", "report"}, set()),
+        ("data", {"source", "products", "images"}, {"ocr", "regions", "train"}),
+        ("features", {"ocr", "regions"}, {"train", "evaluate", "report"}),
+        ("train", {"train"}, {"evaluate", "report"}),
+        ("evaluate", {"evaluate", "report"}, set()),
+    ],
+)
+def test_a_deployment_brings_its_own_stages_and_none_after_them(
+    deployment: str, its_own: set[str], later: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    groups = {stage.group for stage in flows.stages_to_run([])}
-    for name, targets in flows.DEPLOYMENTS.items():
-        assert set(targets) <= groups, name
+    brought = {stage.group for stage in flows.stages_to_run(flows.DEPLOYMENTS[deployment])}
+    assert its_own <= brought
+    assert not later & brought
 
 
 def test_a_cancelled_run_leaves_no_process_behind() -> None:

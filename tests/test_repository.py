@@ -1,6 +1,7 @@
 """The layout that style and readers rely on, and what may stand in no tracked file."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,12 @@ COMMANDS = (
     "pipeline.mepave",
     "pipeline.shards",
     "pipeline.flows",
+    "pipeline.doctor",
+    "features.show",
+    "features.zoo",
+    "features.convert",
+    "model.grid",
+    "model.card",
 )
 UNPICKLERS = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "numpy.load", "np.load"}
 CONVERTER = "features/convert.py"  # the one place that reads other people's checkpoints
@@ -174,3 +181,41 @@ def test_what_the_readme_names_exists() -> None:
         assert target in targets, f"README.md: make {target}"
     for path in set(re.findall(r"\]\((?!\w+:|#)([^)#]+)\)", text)):
         assert (ROOT / path).exists(), f"README.md: {path}"
+
+
+def test_the_readme_s_tree_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## File tree")[2]
+    names = {PurePosixPath(name).name for name in MODULES} - {"__init__.py"}
+    assert not [name for name in sorted(names) if not re.search(rf"(?<![\w.]){re.escape(name)}", tree)]
+
+
+def test_the_readme_s_table_is_what_the_sample_s_metrics_say_and_holds_the_aims() -> None:
+    """Printed and visible values are read with the picture and not without it; docs/log.md says how."""
+    keys = (
+        (),
+        (),
+        (),
+        ("five_way",),
+        *(("by_origin", name) for name in ("text", "printed", "visible", "several")),
+    )
+    columns = ("f1", "precision", "recall", *["f1"] * 5)
+    scores = {
+        name: json.loads((ROOT / f"metrics/sample/{name}/0.json").read_text())
+        for name in ("smartave", "smartave-text")
+    }
+    scores["no-learning floor"] = scores["smartave"]["floor"]
+    readme = (ROOT / "README.md").read_text()
+    found: dict[str, list[float]] = {}
+    for name, content in scores.items():
+        [cells] = re.findall(rf"^\| `?{re.escape(name)}`? \|(.*)\|$", readme, re.MULTILINE)
+        found[name] = [float(cell) for cell in cells.split("|")]
+        said = []
+        for key, column in zip(keys, columns, strict=True):
+            at = content
+            for part in key:
+                at = at[part]
+            said.append(round(at[column], 3))
+        assert found[name] == said
+    overall, *_, printed, visible, _ = found["smartave"]
+    assert (overall >= 0.85, printed >= 0.75, visible >= 0.6) == (True, True, True)
+    assert max(found["smartave-text"][5:7]) < 0.35

@@ -15,13 +15,13 @@ token learns the attribute's words through its global token, so that one layer c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from model.baselines import inputs
-from model.baselines.bert_tagger import runs
 from model.baselines.inputs import (
     IGNORED,
     Baseline,
@@ -144,6 +144,20 @@ def visible(owner: Tensor, num_global: Tensor, radius: int) -> Tensor:
     return seen | torch.eye(most + num_long, dtype=torch.bool, device=owner.device)
 
 
+def runs_by_paragraph(likely: Sequence[float], owner: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Half-open runs of tokens of one paragraph that are likely inside a value, each with its highest token.
+
+    likely .9 .8 .6 .1 of paragraphs 1 1 2 2 gives [0, 2) with .9 and [2, 3) with .6.
+    """
+    marks = [paragraph if one >= 0.5 else None for paragraph, one in zip(owner, likely, strict=True)]
+    found, end = [], 0
+    for mark, group in groupby(marks):
+        begin, end = end, end + len(list(group))
+        if mark is not None:
+            found.append((begin, end, max(likely[begin:end])))
+    return found
+
+
 class Model(Baseline):
     config_class = Config
 
@@ -215,7 +229,7 @@ class Model(Baseline):
                 inside[row][i] if place and holds[row][example.owner[i]] >= 0.5 else 0.0
                 for i, place in enumerate(example.places)
             ]
-            scored = [(b, e, max(likely[b:e])) for b, e in runs([one >= 0.5 for one in likely])]
+            scored = runs_by_paragraph(likely, example.owner)
             found.append(extractions(example, sorted(scored, key=lambda one: -one[2])[:1]))
         return found
 

@@ -36,6 +36,7 @@ from model.baselines.inputs import (
     spans,
     stacked_regions,
 )
+from model.encoder import masked_softmax
 from model.examples import Extraction, Question
 
 NOTHING = torch.finfo(torch.float32).min
@@ -129,7 +130,7 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, source: Tensor, mask: Tensor) -> Tensor:
         """(B, T, S), zero where the mask (B, S) is False; all zero where it has no True."""
         scores = self.query(x) @ self.key(source).transpose(1, 2) / self.query.out_features**0.5
-        return scores.masked_fill(~mask[:, None], NOTHING).softmax(-1) * mask[:, None]
+        return masked_softmax(scores, mask[:, None])
 
 
 def agreement(attributes: Tensor, tags: Tensor, text: Tensor, asked: Tensor) -> Tensor:
