@@ -21,7 +21,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -264,21 +264,7 @@ class Checker:
                     self.complain(
                         ("run", section, position), f"must be one of {', '.join(declared)}, got {name!r}"
                     )
-        self.files["run.json"] = {**run.model_dump(mode="json"), "same": self.same(corpora, models)}
-
-    def same(self, corpora: Iterable[str], models: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Per corpus, each model that resolves to what one before it does, and that one's name.
-
-        So a variant that repeats its base's setting (the paper's tables have the base in each) need not run.
-        """
-        same: dict[str, dict[str, str]] = {}
-        for corpus in corpora:
-            first: dict[str, str] = {}
-            for name in models:
-                text = json.dumps(self.files.get(f"{corpus}/models/{name}.json"), sort_keys=True)
-                if (earlier := first.setdefault(text, name)) != name and text != "null":
-                    same.setdefault(corpus, {})[name] = earlier
-        return same
+        self.files["run.json"] = run.model_dump(mode="json")
 
     def write(self, path: str, settings: BaseModel | None) -> None:
         if settings is not None:

@@ -28,16 +28,9 @@ class Cell:
     seed: int
 
 
-def missing(
-    corpus: str, models: Sequence[str], seeds: Sequence[int], files: Mapping[str, Any]
-) -> tuple[list[Cell], dict[str, str]]:
+def missing(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> tuple[list[Cell], dict[str, str]]:
     """The cells to run, and the models that need none because they are as another before them."""
-    first: dict[str, str] = {}
-    same: dict[str, str] = {}
-    for model in models:
-        text = json.dumps(files[f"{corpus}/models/{model}.json"], sort_keys=True)
-        if (earlier := first.setdefault(text, model)) != model:
-            same[model] = earlier
+    same = results.same(corpus, models)
     there = {
         (one["model"], one["seed"])
         for one in results.cells([corpus])
@@ -117,7 +110,7 @@ def run(corpus: str, models: Sequence[str], seeds: Sequence[int], only_estimate:
         if model not in declared["models"]:
             raise ValueError(f"model must be one of {', '.join(declared['models'])}, got {model!r}")
     config.write(files, params.CONFIG)
-    cells, same = missing(corpus, models, seeds, files)
+    cells, same = missing(corpus, models, seeds)
     for model, other in same.items():
         sys.stdout.write(f"{model} is {other} on {corpus}\n")
     if not cells:

@@ -238,13 +238,14 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def reproduction(same: dict[str, dict[str, str]]) -> dict[str, Any]:
+def reproduction() -> dict[str, Any]:
     """The paper's tables and figures from the kept results; figures go to reports/figures/.
 
     A result of other settings than today's is left out, and counted.
     """
     kept = results.cells()
     found = [one for one in kept if results.is_current(one)]
+    same = {corpus: results.same(corpus, paper.MODELS) for corpus in {one["corpus"] for one in found}}
     tables, figures = paper.everything(paper.gather(found, same))
     folder = REPORTS / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +321,7 @@ def run() -> None:
         raise ValueError(f"{path} does not exist (`dvc repro config` writes it)")
     cells = json.loads(path.read_text(encoding="utf-8"))
     sections = [section(corpus, cells["models"], cells["seeds"]) for corpus in cells["corpora"]]
-    write(sections, reproduction(cells.get("same", {})))
+    write(sections, reproduction())
     tell(sections)
 
 

@@ -38,6 +38,21 @@ def is_current(one: dict[str, Any]) -> bool:
     return path.is_file() and one["settings"] == settings_digest(one["corpus"], one["model"])
 
 
+def same(corpus: str, models: Iterable[str]) -> dict[str, str]:
+    """Of each model that has the settings of one before it, that one's name: such a variant need not run.
+
+    The paper's tables repeat the base's setting in each sweep. Models without a file in config/ are left out.
+    """
+    first: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for name in models:
+        if (params.CONFIG / corpus / "models" / f"{name}.json").is_file():
+            earlier = first.setdefault(settings_digest(corpus, name), name)
+            if earlier != name:
+                found[name] = earlier
+    return found
+
+
 def commit() -> str | None:
     """The commit that the working tree stands on, with "+" where code differs; None outside Git."""
     try:

@@ -44,13 +44,13 @@ def files(tmp_path, monkeypatch):
 def test_what_is_there_with_today_s_settings_is_not_run_again(files, tmp_path):
     result("sample", "smartave", 0)
     result("sample", "aveqa", 1)
-    cells, same = grid.missing("sample", MODELS, [0, 1], files)
+    cells, same = grid.missing("sample", MODELS, [0, 1])
     assert cells == [Cell("smartave", 1), Cell("aveqa", 0), Cell("pam", 0), Cell("pam", 1)]
     assert same == {"smartave-alpha-06": "smartave"}
     (tmp_path / "params.yaml").write_text(PARAMS.replace("alpha: 0.6", "alpha: 0.7").replace("10}", "11}"))
     changed = config.resolve(config.read(config.PARAMS))
     config.write(changed, tmp_path / "config")
-    cells, same = grid.missing("sample", MODELS[:3], [0, 1], changed)
+    cells, same = grid.missing("sample", MODELS[:3], [0, 1])
     assert cells == [Cell("smartave", 1)] + [Cell("smartave-alpha-06", s) for s in (0, 1)] + [
         Cell("aveqa", 0),
         Cell("aveqa", 1),
