@@ -44,7 +44,7 @@ class Settings(params.Settings):
     """Section `train`; the defaults are the paper's Table 6 for MAVE."""
 
     batch_size: int = Field(32, ge=1)  # questions; products where a product's questions are asked together
-    epochs: int = Field(20, ge=1)
+    epochs: float = Field(20, gt=0)  # 0.1: a tenth of the training questions, once
     learning_rate: float = Field(2e-5, gt=0)
     warmup_steps: int = Field(2000, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -247,7 +247,7 @@ def fit(
             return iter(batch_order(self.lengths, cell.train.batch_size, seed, self.epoch))
 
     dataset = Rows(training)
-    steps = math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs
+    steps = math.ceil(math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs)
     look = math.ceil(steps / cell.train.evaluations)
 
     divergence = Divergence()
@@ -376,7 +376,8 @@ def run(corpus: str, name: str, seed: int) -> None:
     if resumed:
         (COSTS / corpus / name / f"{seed}.json").unlink(missing_ok=True)
     else:
-        keep_cost(corpus, name, seed, time.perf_counter() - started, len(training) * cell.train.epochs)
+        examples = round(len(training) * cell.train.epochs)
+        keep_cost(corpus, name, seed, time.perf_counter() - started, examples)
     processor.truncated.clear()  # every epoch counted again, and processes that load batches not at all
     for question in training:
         processor.encode(question)

@@ -187,7 +187,7 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
             "models.smartave.colour is a setting of neither model.smartave nor",
         ),
         ({"models__aveqa__image": True}, "models.aveqa.image must be False, got True"),
-        ({"models__smartave__epochs": 0}, "models.smartave.epochs must be >= 1, got 0"),
+        ({"models__smartave__epochs": 0}, "models.smartave.epochs must be > 0, got 0"),
         (
             {"models__a": {"architecture": "model.baselines.none"}},
             "models.a.architecture must be a module of",
@@ -203,7 +203,7 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
         ),
         (
             {"corpora__sample__models": {"pam": {"epochs": 0}}},
-            "corpora.sample.models.pam.epochs must be >= 1, got 0",
+            "corpora.sample.models.pam.epochs must be > 0, got 0",
         ),
     ],
 )

@@ -126,6 +126,11 @@ def test_a_batch_computed_in_parts_is_as_many_steps(tmp_path):
         fit(tmp_path, cell(accumulate=3))
 
 
+def test_half_an_epoch_is_half_the_steps(tmp_path):
+    _, history = fit(tmp_path, cell(epochs=1.5))
+    assert history[-1]["step"] == 5  # of 3 an epoch
+
+
 def test_batches_are_a_function_of_seed_and_epoch_and_of_similar_length():
     lengths = [i * 37 % 101 for i in range(70)]
     order = train.batch_order(lengths, 8, 0, 0)
