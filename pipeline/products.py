@@ -14,7 +14,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +37,7 @@ class Settings(params.Settings):
     drop_sources: tuple[Literal["title", "description", "feature", "price", "brand"], ...] = ("brand",)
     # The paper's choices that it does not tell, for kind mave; docs/design.md argues the defaults.
     products_per_root: int | None = Field(default=None, ge=1)  # sampled from those with a positive
+    max_products: int | None = Field(default=None, ge=1)  # of all roots together, sampled likewise
     require_image: bool = True  # of a sampled product: an address
     # root -> how many of its attributes stay, those with a value for most products; other roots keep all
     attributes_per_root: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -430,24 +431,44 @@ def _stands_in(value: str, spans: list[dict[str, Any]], texts: list[str]) -> boo
 
 
 def _sampled(rows: Iterable[dict[str, Any]], settings: Settings, tally: Tally) -> Iterator[dict[str, Any]]:
-    """At most `products_per_root` eligible rows of each root: those of the lowest seeded hash, so that
-    neither the order of the input nor other products matter. Holds no more rows than it returns."""
-    if settings.products_per_root is None:
-        yield from rows
-        return
-    chosen: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
+    """The eligible rows, at most `products_per_root` of each root and `max_products` in all: those of the
+    lowest seeded hash, so that neither the order of the input nor other products matter."""
+    if settings.products_per_root is None and settings.max_products is None:
+        return iter(rows)
+    eligible = _eligible(rows, settings, tally)
+    of_root = _lowest(eligible, "products_per_root", settings, tally, lambda row: row["root_category"])
+    return _lowest(of_root, "max_products", settings, tally, lambda row: None)
+
+
+def _eligible(rows: Iterable[dict[str, Any]], settings: Settings, tally: Tally) -> Iterator[dict[str, Any]]:
     for row in rows:
         if settings.require_image and not row["image_urls"]:
             tally.add("not sampled: no image address", row["item"])
-            continue
-        if not any(attribute["values"] for attribute in row["attributes"]):
+        elif not any(attribute["values"] for attribute in row["attributes"]):
             tally.add("not sampled: no value", row["item"])
-            continue
-        heap = chosen.setdefault(row["root_category"], [])
+        else:
+            yield row
+
+
+def _lowest(
+    rows: Iterable[dict[str, Any]],
+    limit: Literal["products_per_root", "max_products"],
+    settings: Settings,
+    tally: Tally,
+    group: Callable[[dict[str, Any]], str | None],
+) -> Iterator[dict[str, Any]]:
+    """Holds no more rows than it returns."""
+    number = getattr(settings, limit)
+    if number is None:
+        yield from rows
+        return
+    chosen: dict[str | None, list[tuple[int, str, dict[str, Any]]]] = {}
+    for row in rows:
+        heap = chosen.setdefault(group(row), [])
         lowest_last = -int.from_bytes(rank(settings.split.seed, row["item"]), "big")
         heapq.heappush(heap, (lowest_last, row["item"], row))
-        if len(heap) > settings.products_per_root:
-            tally.add("not sampled: beyond products_per_root", heapq.heappop(heap)[1])
+        if len(heap) > number:
+            tally.add(f"not sampled: beyond {limit}", heapq.heappop(heap)[1])
     for heap in chosen.values():
         yield from (row for _, _, row in heap)
 

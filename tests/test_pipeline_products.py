@@ -330,8 +330,18 @@ def test_roots_give_root_and_images_and_products_of_none_are_counted(tmp_path: P
     assert tally.examples["in no root"] == ["B000000003"]
 
 
-def test_products_per_root_takes_the_same_ones_in_any_order(tmp_path: Path) -> None:
-    settings = Settings(kind="mave", products_per_root=7)
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({"products_per_root": 7}, {"A": 7, "B": 3}),
+        ({"max_products": 33}, {"A": 30, "B": 3}),
+        ({"products_per_root": 7, "max_products": 5}, None),
+    ],
+)
+def test_sampling_takes_the_same_products_in_any_order(
+    tmp_path: Path, limits: dict[str, int], left: dict[str, int] | None
+) -> None:
+    settings = Settings(kind="mave", require_image=False, **limits)
     chosen = []
     for name, order in (("a", 1), ("b", -1)):
         metadata = lines(30, main_cat="A")[::order] + [
@@ -341,7 +351,8 @@ def test_products_per_root_takes_the_same_ones_in_any_order(tmp_path: Path) -> N
         folder = source(tmp_path / name, *labels[::order], metadata=metadata)
         chosen.append(products.build(folder, "mine", settings, Tally()))
     assert chosen[0] == chosen[1]
-    assert Counter(row["root_category"] for row in chosen[0]) == {"A": 7, "B": 3}
+    assert left is None or Counter(row["root_category"] for row in chosen[0]) == left
+    assert len(chosen[0]) == min(limits.get("max_products", 10), 33)
 
 
 def test_attributes_are_cut_to_the_most_frequent_of_each_root(tmp_path: Path) -> None:
