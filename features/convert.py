@@ -94,6 +94,20 @@ def convert(checkpoint: Path, output: Path, *, form: str | None = None) -> str:
     return variant
 
 
+# What an unpickler raises over bytes that are no pickle, or one of something else.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+)
+
+
 def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
     """What is missing, too much or of another shape, shortly; empty when nothing is."""
     wrong = [f"{name} is missing" for name in wanted if name not in found]
@@ -114,7 +128,7 @@ def read_checkpoint(path: Path, form: str) -> dict[str, torch.Tensor]:
                 content = _ArrayUnpickler(file, encoding="latin1").load()
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,18 @@ def words(text: str) -> list[tuple[str, int, int]]:
     return [(word, begin, end) for word, begin, end in spans if word]
 
 
+def standing(text: str, value: str) -> Iterator[tuple[int, int]]:
+    """Where the words of `value` stand in `text` one after the other, in characters; never inside a word."""
+    sought, found = [word for word, _, _ in words(value)], words(text)
+    there, size = [word for word, _, _ in found], len(sought)
+    for at in range(len(there) - size + 1) if size else ():
+        if there[at : at + size] == sought:
+            yield found[at][1], found[at + size - 1][2]
+
+
 def contains(text: str, value: str) -> bool:
-    """Whether the words of `value` stand in `text` one after the other (never inside a word)."""
-    sought = [word for word, _, _ in words(value)]
-    there = [word for word, _, _ in words(text)]
-    size = len(sought)
-    return size > 0 and any(there[at : at + size] == sought for at in range(len(there) - size + 1))
+    """Whether the words of `value` stand in `text`."""
+    return any(True for _ in standing(text, value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Where a model's words and layers come from: a checkpoint by its name, its parts, and its tokenizer."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -57,6 +58,18 @@ class Checkpoint:
             for layer in encoder.encoder.layer
         ]
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+
+def word_pieces(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[tuple[int, int, int], ...]]:
+    """A function from a text to its word pieces, (id, begin, end) in characters; it remembers texts."""
+
+    @lru_cache(maxsize=1 << 16)
+    def pieces(text: str) -> tuple[tuple[int, int, int], ...]:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return tuple((piece, begin, end) for piece, (begin, end) in offsets)
+
+    return pieces
 
 
 def same_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -11,7 +11,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.examples import Extraction, Question, Source
+from model.pretrained import word_pieces
 from model.tagging import O, encode_tags
 
 SLOTS = {"attribute": 1, "title": 1, "description": 4, "feature": 6, "other": 1, "ocr": 6, "image": 1}
@@ -133,7 +133,7 @@ class Processor:
         self.separator = next(vocabulary[word] for word in ("[unused0]", "[VALUE]") if word in vocabulary)
         self.characters = "[VALUE]" in vocabulary
         self.truncated: Counter[str] = Counter()
-        self._pieces = lru_cache(maxsize=1 << 16)(self._tokenize)
+        self._pieces = word_pieces(tokenizer)
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -145,13 +145,6 @@ class Processor:
     def from_pretrained(cls, folder: Path) -> "Processor":
         settings = json.loads((Path(folder) / cls.FILE).read_text())
         return cls(AutoTokenizer.from_pretrained(folder), **settings)
-
-    def _tokenize(self, text: str) -> tuple[tuple[int, int, int], ...]:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return tuple(
-            (piece, begin, end)
-            for piece, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        )
 
     def _ids(self, text: str) -> list[int]:
         return [piece for piece, _, _ in self._pieces(text)]

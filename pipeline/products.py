@@ -158,7 +158,7 @@ class _Roots:
     """
 
     def __init__(self, source: Path, labels: Labels, tally: Tally) -> None:
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._root = array("h", [NONE]) * len(labels.products)
         self._place = array("l", [NONE]) * len(labels.products)
         self._urls = Spool(source.parent)
@@ -172,22 +172,22 @@ class _Roots:
         self._urls.close()
 
     def __contains__(self, product: int) -> bool:
-        return not self._names or self._root[product] != NONE
+        return not self.names or self._root[product] != NONE
 
     def of(self, product: int) -> Root | None:
         """None where there are no such files; else for a product that is in one."""
-        if not self._names:
+        if not self.names:
             return None
-        return self._names[self._root[product]], json.loads(self._urls.get(self._place[product]))
+        return self.names[self._root[product]], json.loads(self._urls.get(self._place[product]))
 
     def _read(self, path: Path, wanted: Mapping[bytes, int], tally: Tally) -> None:
-        self._names.append(path.name.split(".")[0].replace("_", " "))
+        self.names.append(path.name.split(".")[0].replace("_", " "))
         here = Tally()
         for record in mave.records([path], wanted, here):
             if self._root[record.product] != NONE:
                 tally.add("asin in several roots", f"{path.name}: {record.metadata['asin']}")
                 continue
-            self._root[record.product] = len(self._names) - 1
+            self._root[record.product] = len(self.names) - 1
             self._place[record.product] = self._urls.add(json.dumps(image_urls(record.metadata)).encode())
         for reason in sorted(here.counts.keys() - {"no metadata", "metadata without label"}):
             where = here.examples.get(reason, [path.name])[0]
@@ -196,14 +196,13 @@ class _Roots:
 
 def _frequent(labels: Labels, roots: _Roots, limits: Mapping[str, int]) -> dict[str, frozenset[str]]:
     """root -> the attributes that most of its products have a value of, as labelled; ties by name."""
-    if not limits:
-        return {}
+    if unknown := sorted(limits.keys() - set(roots.names)):
+        known = ", ".join(roots.names) or "none; it needs the corpus's `roots`"
+        raise ValueError(f"products.attributes_per_root names {', '.join(unknown)}; the roots are {known}")
     counts: dict[str, Counter[str]] = {root: Counter() for root in limits}
     for product in filter(roots.__contains__, range(len(labels.products))):
         root = roots.of(product)
-        if root is None:
-            raise ValueError("products.attributes_per_root needs the corpus's `roots`")
-        if root[0] in counts:
+        if root is not None and root[0] in counts:
             counts[root[0]].update(_positive_keys(labels, product))
     return {
         root: frozenset(sorted(count, key=lambda key: (-count[key], key))[: limits[root]])

@@ -18,18 +18,21 @@ class _Lines:
         sys.stderr.flush()
 
 
-def of_bytes(path: Path | str, total: int | None, *, done: int = 0) -> Any:
-    """A tqdm bar that counts bytes; `total` None where nobody knows it. Short work shows no line."""
+def bar(name: str, total: int | None, *, seconds: float, **how: Any) -> Any:
+    """A tqdm bar; where nobody looks, a line every so many `seconds`. `total` None where nobody knows it."""
     watched = sys.stderr.isatty()
     return tqdm(
-        desc=Path(path).name,
+        desc=name,
         total=total,
-        initial=done,
-        unit="B",
-        unit_scale=True,
         file=sys.stderr if watched else _Lines(),
-        mininterval=0.5 if watched else 10,
-        delay=0.0 if watched else 10,
-        leave=watched,
+        mininterval=0.5 if watched else seconds,
         dynamic_ncols=watched,
+        **how,
     )
+
+
+def of_bytes(path: Path | str, total: int | None, *, done: int = 0) -> Any:
+    """A bar that counts bytes. Short work shows no line."""
+    watched = sys.stderr.isatty()
+    shown = {"delay": 0.0 if watched else 10.0, "leave": watched}
+    return bar(Path(path).name, total, seconds=10, initial=done, unit="B", unit_scale=True, **shown)

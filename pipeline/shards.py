@@ -29,10 +29,10 @@ from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from pipeline import cluster, params, schema, workers
 from pipeline.disk import atomically, is_intact, sha256_of, sync_folder, write_json
+from pipeline.progress import bar as progress_bar
 from pipeline.provenance import code_digest, code_files, digest
 from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
 
@@ -384,29 +384,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-class _Lines:
-    """Where nobody looks at a terminal: tqdm's states as lines of their own."""
-
-    def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
-            sys.stderr.write(line + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
 def _progress(name: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any] | None]) -> Any:
-    watched = sys.stderr.isatty()
-    return tqdm(
-        desc=name,
-        total=sum(chunk.num_rows for chunk in chunks),
-        initial=sum(record["rows"] for record in records if record is not None),
-        unit="image",
-        file=sys.stderr if watched else _Lines(),
-        mininterval=0.5 if watched else 5,
-        miniters=0,
-        dynamic_ncols=watched,
-    )
+    done = sum(record["rows"] for record in records if record is not None)
+    total = sum(chunk.num_rows for chunk in chunks)
+    return progress_bar(name, total, seconds=5, initial=done, unit="image", miniters=0)
 
 
 # The command

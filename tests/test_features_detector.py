@@ -267,6 +267,23 @@ def test_a_pickle_that_would_run_something_is_refused(protocol, where, tmp_path,
     assert not Path("out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        b"\x80\x02c_codecs\nencode\n)R.",  # a call without what it needs
+        b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00xx\x85R.",  # a type that there is not
+        b"\x80\x02ccollections\nOrderedDict\n)RK\x01b.",  # a state that it cannot take
+    ],
+)
+def test_a_malformed_pickle_is_an_error_with_its_name(content, tmp_path):
+    path = tmp_path / "broken.pkl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.pkl cannot be read as a checkpoint"):
+        convert.read_checkpoint(path, ".pkl")
+
+
 def test_a_pickle_may_not_look_up_codecs(tmp_path):
     path = tmp_path / "codec.pkl"
     path.write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.")

@@ -371,8 +371,10 @@ def test_attributes_are_cut_to_the_most_frequent_of_each_root(tmp_path: Path) ->
     assert tally.counts["attribute not among its root's most frequent"] == 3
     assert tally.examples["no attribute left"] == ["B000000002"]
     assert tally.examples["in no root"] == ["B000000004"]
-    with pytest.raises(ValueError, match="attributes_per_root needs the corpus's `roots`"):
+    with pytest.raises(ValueError, match="names Toys; the roots are none; it needs the corpus's `roots`"):
         built(tmp_path / "bare", label(RED), attributes_per_root={"Toys": 1})
+    with pytest.raises(ValueError, match="names Tois; the roots are Toys, Zoo"):
+        products.build(folder, "mine", Settings(kind="mave", attributes_per_root={"Tois": 1}), Tally())
 
 
 def test_negatives_and_further_values_are_cut_where_asked_for(tmp_path: Path) -> None:

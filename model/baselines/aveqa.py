@@ -116,7 +116,9 @@ class Model(Baseline):
         )
         model = cls(config)
         load_bert(model.bert, settings.pretrained, processor.tokenizer)
-        if teacher is not None and mask_token is not None:
+        if teacher is not None:
+            if mask_token is None:
+                raise ValueError("the tokenizer has no word for a mask: distillation must be 0")
             if teacher.config.vocab_size != model.bert.config.vocab_size:
                 raise ValueError(
                     f"{settings.pretrained} knows {teacher.config.vocab_size} words and the tokenizer "

@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,8 +29,8 @@ from transformers import (
 )
 
 from model.examples import Extraction, Product, Question, Source
-from model.metrics import normalise, words
-from model.pretrained import checkpoint_path, same_words, start_tokenizer
+from model.metrics import normalise, standing
+from model.pretrained import checkpoint_path, same_words, start_tokenizer, word_pieces
 from model.standardise import measured, standardised
 from pipeline import params
 
@@ -95,7 +94,7 @@ class Processor:
             tokenizer.sep_token_id,
         )
         self.truncated: Counter[str] = Counter()
-        self.pieces = lru_cache(maxsize=1 << 16)(self._tokenize)
+        self.pieces = word_pieces(tokenizer)
 
     @classmethod
     def start(cls, settings: Settings, questions: Sequence[Question], **more: Any) -> Any:
@@ -111,13 +110,6 @@ class Processor:
     def from_pretrained(cls, folder: Path) -> Any:
         settings = json.loads((Path(folder) / cls.FILE).read_text(encoding="utf-8"))
         return cls(AutoTokenizer.from_pretrained(folder), **settings)
-
-    def _tokenize(self, text: str) -> tuple[tuple[int, int, int], ...]:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return tuple(
-            (piece, begin, end)
-            for piece, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        )
 
     def ids(self, text: str) -> list[int]:
         return [piece for piece, _, _ in self.pieces(text)]
@@ -147,24 +139,12 @@ def texts(product: Product, *, ocr: bool) -> list[tuple[str, int, str]]:
     return found + [("ocr", index, line.text) for index, line in enumerate(product.ocr) if ocr]
 
 
-def standing(value: str, text: str) -> list[tuple[int, int]]:
-    """Where the words of `value` stand in `text`, in characters."""
-    sought, there = [word for word, _, _ in words(value)], words(text)
-    size = len(sought)
-    starts = range(len(there) - size + 1) if size else ()
-    return [
-        (there[at][1], there[at + size - 1][2])
-        for at in starts
-        if [word for word, _, _ in there[at : at + size]] == sought
-    ]
-
-
 def spans(question: Question, places: Sequence[Source | None]) -> list[tuple[int, int]]:
     """The labelled evidences as spans of tokens, and, where OCR is read, the values that stand in it."""
     gold = [("text", one.paragraph, one.begin, one.end) for one in question.evidences]
     for index in {place.index or 0 for place in places if place and place.kind == "ocr"}:
         text = question.product.ocr[index].text
-        gold += [("ocr", index, *found) for value in question.values for found in standing(value, text)]
+        gold += [("ocr", index, *found) for value in question.values for found in standing(text, value)]
     found = set()
     for kind, index, begin, end in gold:
         inside = [
