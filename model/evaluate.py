@@ -99,6 +99,7 @@ def judge(
                 "values": [
                     {"value": one.value, "score": one.score, "source": asdict(one.source)} for one in found
                 ],
+                "floor": said["floor"],
                 "gold": list(right),
                 "origins": list(right.values()),
                 "in_ocr": in_ocr,

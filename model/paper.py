@@ -10,7 +10,7 @@ One file: each table is the paper's numbers, and the function that sets ours bes
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from model import charts
-from model.metrics import Answer, answer, paired_bootstrap
+from model.metrics import Answer, answer, micro, paired_bootstrap
 from model.results import ATTRIBUTES
+from pipeline import schema
 
 Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
 Cell = tuple[int, int]
 NOT_RUN = "not run"
 FLOOR = "no-learning floor"
+OURS = "smartave"
+PICTURE = frozenset({"printed", "visible", "unknown"})  # origins of values that stand in no text
 FOLD = re.compile(r"_fold[0-9]+$")
 MAIN = (
     ("SUOpenTag", "suopentag"),
@@ -122,6 +125,11 @@ EVERY_SCORE = (
     "without a place are wrong there, so it is a score for taggers. The last column is a paired bootstrap "
     "over products, 1,000 samples, where the predictions are on this machine."
 )
+NO_TEXT = (
+    "Questions whose values all stand on the picture alone: printed, visible, or of unknown origin and in no "
+    "text. F1 in per cent, micro, mean ± standard deviation over seeds, where the predictions are on this "
+    "machine. The last column as above."
+)
 
 
 @dataclass(frozen=True)
@@ -193,30 +201,43 @@ def highest(rows: Sequence[Sequence[str]], first: int, skip: int = 0) -> frozens
 # Significance
 
 
-def answers_of(model: str, cells: Sequence[tuple[str, int]]) -> list[Answer] | None:
-    """What a model said on the test splits of these corpora and seeds; None where that is not here."""
+def answers_of(model: str, cells: Sequence[tuple[str, int]]) -> list[Answer]:
+    """What a model (or the floor) said on the test splits of these corpora and seeds; nothing where that is
+    not here."""
     said: list[Answer] = []
     for corpus, seed in cells:
-        path = Path("runs", corpus, model, str(seed), "predictions.parquet")
+        path = Path("runs", corpus, OURS if model == FLOOR else model, str(seed), "predictions.parquet")
         if not path.is_file():
-            return None
-        for row in pq.read_table(path).to_pylist():
-            values = [one["value"] for one in row["values"]]
+            return []
+        for row in pq.read_table(path, schema=schema.PREDICTIONS).to_pylist():
+            values = row["floor"] if model == FLOOR else [one["value"] for one in row["values"]]
+            if values is None:  # of an older evaluation, which did not keep it
+                return []
             said.append(
                 answer(row["item"], row["attribute"], values, row["gold"], row["origins"], row["in_ocr"])
             )
     return said
 
 
-def significance(results: Results, corpus: str, model: str, than: str = "smartave") -> str:
-    """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1, and how likely without any."""
-    if model == than:
+def in_no_text(answers: Iterable[Answer]) -> list[Answer]:
+    """The questions whose values all stand on the picture alone."""
+    return [one for one in answers if one.gold and PICTURE.issuperset(one.origins)]
+
+
+def cells_of(results: Results, corpus: str, model: str) -> set[tuple[str, int]]:
+    named = OURS if model == FLOOR else model
+    return {(one["corpus"], one["seed"]) for one in results.get((corpus, named), ())}
+
+
+def significance(
+    results: Results, corpus: str, model: str, chosen: Callable[[list[Answer]], list[Answer]] = list
+) -> str:
+    """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1 on the `chosen` questions, and how likely
+    without any. All seeds and folds that both have count together."""
+    if model == OURS:
         return "–"
-    both = [
-        {(one["corpus"], one["seed"]) for one in results.get((corpus, name), ())} for name in (model, than)
-    ]
-    cells = sorted(both[0] & both[1])
-    first, second = answers_of(model, cells), answers_of(than, cells)
+    cells = sorted(cells_of(results, corpus, model) & cells_of(results, corpus, OURS))
+    first, second = (chosen(answers_of(name, cells)) for name in (model, OURS))
     if not first or not second:
         return "–"
     if [(one.item, one.attribute) for one in first] != [(one.item, one.attribute) for one in second]:
@@ -260,12 +281,26 @@ def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
 
 def score_table(results: Results, corpus: str) -> Table:
     """All models of one corpus on the same questions, every kind of score."""
-    rows = [[FLOOR, "", *(floor_of(results, corpus, key, at) for _, key, at in SCORES), "–"]]
+    floors = (floor_of(results, corpus, key, at) for _, key, at in SCORES)
+    rows = [[FLOOR, "", *floors, significance(results, corpus, FLOOR)]]
     for label, model in names_of(results, corpus):
         seeds = len(results.get((corpus, model), ()))
         row = [percent(numbers(results, corpus, model, key, at)) for _, key, at in SCORES]
         rows.append([label, str(seeds or NOT_RUN), *row, significance(results, corpus, model)])
     head = ["method", "seeds", *(title for title, _, _ in SCORES), "F1 less SMARTAVE's, paired bootstrap"]
+    return Table(head, rows, highest([row[:-1] for row in rows], 2, 1), rules=1)
+
+
+def picture_table(results: Results, corpus: str) -> Table:
+    """All models of one corpus on the values that no text tells."""
+    rows = []
+    for label, model in [(FLOOR, FLOOR), *names_of(results, corpus)]:
+        cells = sorted(cells_of(results, corpus, model))
+        of_cell = [found for cell in cells if (found := in_no_text(answers_of(model, [cell])))]
+        asked = {(one.item, one.attribute) for answers in of_cell for one in answers}
+        f1 = percent([micro(found)["f1"] for found in of_cell]) if of_cell or not cells else "–"
+        rows.append([label, str(len(asked) or "–"), f1, significance(results, corpus, model, in_no_text)])
+    head = ["method", "questions", "F1", "F1 less SMARTAVE's, paired bootstrap"]
     return Table(head, rows, highest([row[:-1] for row in rows], 2, 1), rules=1)
 
 
@@ -436,6 +471,7 @@ def everything(results: Results) -> tuple[list[tuple[str, str, Table]], list[tup
         tables += [
             (f"Table 1, {corpus}: every score", EVERY_SCORE, score_table(results, corpus)),
             (f"By origin of the value, {corpus}", "F1; in brackets, values.", breakdown(results, corpus)),
+            (f"Values that stand in no text, {corpus}", NO_TEXT, picture_table(results, corpus)),
             (f"Table 2: attributes, {corpus}", beside, attribute_table(results, corpus)),
         ]
     tables.append(("Table 3: layers", f"{SCORE} {beside}", layers_table(results, corpora)))

@@ -241,10 +241,12 @@ def markdown(table: Table) -> str:
 def reproduction() -> dict[str, Any]:
     """The paper's tables and figures from the kept results; figures go to reports/figures/.
 
-    A result of other settings than today's is left out, and counted.
+    A result of other settings than today's is left out, and counted; one of a corpus that params.yaml does
+    not declare, as on the machine of somebody without its data, has none to differ from.
     """
     kept = results.cells()
-    found = [one for one in kept if results.is_current(one)]
+    elsewhere = [one for one in kept if not results.is_declared(one["corpus"])]
+    found = [one for one in kept if one in elsewhere or results.is_current(one)]
     same = {corpus: results.same(corpus, paper.MODELS) for corpus in {one["corpus"] for one in found}}
     tables, figures = paper.everything(paper.gather(found, same))
     folder = REPORTS / "figures"
@@ -261,6 +263,9 @@ def reproduction() -> dict[str, Any]:
     note = f"From {len(found)} finished cells in docs/results/"
     if len(found) < len(kept):
         note += f"; left out are {len(kept) - len(found)} made with other settings than today's"
+    if elsewhere:
+        names = ", ".join(sorted({one["corpus"] for one in elsewhere}))
+        note += f"; params.yaml does not declare {names}: theirs are shown as they were kept"
     return {"note": f"{note}.", "tables": tables, "figures": drawn}
 
 

@@ -32,6 +32,11 @@ def settings_digest(corpus: str, model: str) -> str:
     return digest([cell, stages])[:16]
 
 
+def is_declared(corpus: str) -> bool:
+    """Whether params.yaml has this corpus today."""
+    return (params.CONFIG / corpus).is_dir()
+
+
 def is_current(one: dict[str, Any]) -> bool:
     """Whether a kept result has the settings that params.yaml gives its cell today."""
     path = params.CONFIG / one["corpus"] / "models" / f"{one['model']}.json"

@@ -131,6 +131,7 @@ PREDICTIONS = pa.schema(
                 )
             ),
         ),
+        ("floor", pa.list_(pa.string())),  # what the no-learning floor says
         ("gold", pa.list_(pa.string())),
         ("origins", pa.list_(pa.string())),  # parallel to gold
         ("in_ocr", pa.list_(pa.bool_())),  # parallel to gold: our OCR read this value

@@ -173,10 +173,11 @@ def test_folds_of_a_corpus_stand_together(project):
     assert paper.main_table(found, ["mine"]).rows[6] == ["PAM", "70.00 ± 14.14"]
 
 
-def predictions(project, model, seed, values):
+def predictions(project, model, seed, values, origin="text", floor="blue"):
     rows = [
-        {"item": f"B{i}", "asin": f"B{i}", "attribute": "Color", "gold": ["red"], "origins": ["text"],
-         "in_ocr": [False], "values": [{"value": value, "score": 0.9, "source": {"kind": "vocabulary"}}]}
+        {"item": f"B{i}", "asin": f"B{i}", "attribute": "Color", "gold": ["red"], "in_ocr": [False],
+         "origins": [origin if i < 10 else "text"], "floor": [floor],
+         "values": [{"value": value, "score": 0.9, "source": {"kind": "vocabulary"}}]}
         for i, value in enumerate(values)
     ]  # fmt: skip
     folder = project / "runs" / "mine" / model / str(seed)
@@ -191,3 +192,19 @@ def test_a_paired_bootstrap_stands_beside_each_model_whose_predictions_are_here(
     predictions(project, "pam", 0, ["red"] * 5 + ["blue"] * 15)
     assert paper.significance(found, "mine", "pam") == "-75.0, p < 0.002"
     assert paper.significance(found, "mine", "smartave") == "–"
+    assert paper.significance(found, "mine", paper.FLOOR) == "–"  # nothing of the second seed is here
+    predictions(project, "smartave", 1, ["red"] * 20)
+    assert paper.significance(found, "mine", paper.FLOOR) == "-100.0, p < 0.002"
+
+
+@pytest.mark.parametrize("origin", ["printed", "visible", "unknown"])
+def test_values_that_stand_in_no_text_are_compared_by_themselves(found, project, origin):
+    for seed in (0, 1):
+        predictions(project, "smartave", seed, ["red"] * 20, origin)
+    predictions(project, "pam", 0, ["red"] * 5 + ["blue"] * 5 + ["red"] * 10, origin)
+    rows = {row[0]: row[1:] for row in paper.picture_table(found, "mine").rows}
+    assert rows["SMARTAVE"] == ["10", "100.00 ± 0.00", "–"]
+    assert rows["PAM"][:2] == ["10", "50.00"]
+    assert rows["PAM"][2].startswith("-50.0, p ")
+    assert rows[paper.FLOOR] == ["10", "0.00 ± 0.00", "-100.0, p < 0.002"]
+    assert rows["AVEQA"] == ["–", "not run", "–"]
