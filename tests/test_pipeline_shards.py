@@ -384,9 +384,7 @@ def test_a_change_in_the_code_of_an_imported_module_makes_shards_again(tmp_path)
 
 
 def test_the_code_of_a_stage_is_its_module_and_what_it_imports():
-    started = time.perf_counter()
     files = shards.code_files("pipeline.images")
-    assert time.perf_counter() - started < 1
     assert {"pipeline/images.py", "pipeline/shards.py", "pipeline/fetch.py"} <= set(files)
     assert files == sorted(files)
     assert all((ROOT / file).is_file() for file in files)
