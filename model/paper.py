@@ -273,9 +273,13 @@ def floor_of(results: Results, corpus: str, *keys: Any) -> str:
 
 
 def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
-    """(label, model): the paper's methods in their order, then the other models that ran there."""
+    """(label, model): the paper's methods in their order, then the other models that ran there themselves."""
     listed = [name for _, name in MAIN]
-    others = sorted(model for its, model in results if its == corpus and model not in listed)
+    others = sorted(
+        model
+        for (its, model), ran in results.items()
+        if its == corpus and model not in listed and ran[0]["model"] == model
+    )
     return [*MAIN, *((name, name) for name in others)]
 
 

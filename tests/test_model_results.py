@@ -125,6 +125,7 @@ def test_table_one_has_the_floor_first_and_the_paper_s_numbers_on_its_corpus_onl
 def test_a_variant_that_is_its_base_has_its_base_s_numbers(found):
     assert paper.of(found, "mine", "smartave-alpha-06") == [0.8, 0.9]
     assert paper.of(found, "mine", "smartave-alpha-1") == []
+    assert ("smartave-alpha-06", "smartave-alpha-06") not in paper.names_of(found, "mine")
     assert "0 (mine)" in paper.missing(found, ["mine"], paper.FIGURE_6)
     assert "0.6 (mine)" not in paper.missing(found, ["mine"], paper.FIGURE_6)
 
