@@ -317,7 +317,12 @@ def breakdown(results: Results, corpus: str) -> Table:
         for name in sorted({name for one in found for name in one[group]})
     ]
     titles = {"read": "read by our OCR", "not_read": "not read by our OCR"}
-    counts = {key: next(one[key[0]][key[1]][3] for one in found if key[1] in one[key[0]]) for key in groups}
+    counts = {
+        (group, name): sum(
+            {one["corpus"]: one[group][name][3] for one in found if name in one[group]}.values()
+        )
+        for group, name in groups
+    }  # of all folds
     head = ["method", *(f"{titles.get(name, name)} ({counts[group, name]:.0f})" for group, name in groups)]
     rows = [[FLOOR, *(floor_of(results, corpus, group, name, 2) for group, name in groups)]]
     for label, model in names_of(results, corpus):

@@ -172,6 +172,7 @@ def test_folds_of_a_corpus_stand_together(project):
     found = paper.gather(results.cells(), {})
     assert [corpus for corpus, _ in found] == ["mine"]
     assert paper.main_table(found, ["mine"]).rows[6] == ["PAM", "70.00 ± 14.14"]
+    assert paper.breakdown(found, "mine").head[1] == "text (80)"
 
 
 def predictions(project, model, seed, values, origin="text", floor="blue"):
