@@ -173,12 +173,19 @@ class Checker:
             return
         products = STAGES["products"]
         direct = {key: value for key, value in entry.items() if key not in (*OVERRIDES, MODELS)}
-        for key in sorted(direct.keys() - source.model_fields.keys() - products.model_fields.keys(), key=str):
+        known = source.model_fields.keys() | products.model_fields.keys()
+        if kind == "mepave":
+            known -= pipeline.products.MAVE_ONLY
+        for key in sorted(direct.keys() - known, key=str):
             self.complain((*where, key), f"is not a setting that exists for kind {kind}")
         self.write(f"{name}/source.json", self.resolve(source, [(where, _only(direct, source))]))
         for stage, settings in STAGES.items():
             inner = (where, _only(direct, settings)) if stage == "products" else self.section(*where, stage)
             self.write(f"{name}/{stage}.json", self.resolve(settings, [self.section(stage), inner]))
+        roots, cut = entry.get("roots"), entry.get("attributes_per_root")
+        if isinstance(roots, dict) and isinstance(cut, dict):
+            for root in sorted(cut.keys() - roots.keys(), key=str):
+                self.complain((*where, "attributes_per_root"), f"names {root!r}, which is none of the roots")
 
     def chain(self, models: dict[str, dict[str, Any]], name: str) -> list[Layer]:
         """The entries from the outermost base down to `name`; empty when a base is unknown or a circle."""

@@ -28,6 +28,9 @@ from pipeline.labels import NONE, Labels, Spool
 from pipeline.split import Split, assign, rank
 from pipeline.tally import Tally
 
+# What cannot be asked of a corpus of kind mepave
+MAVE_ONLY = {"drop_sources", "products_per_root", "attributes_per_root", "max_negatives", "multi_value"}
+
 Root = tuple[str, list[str]]  # name of the root category, image URLs
 
 
@@ -67,9 +70,10 @@ class Attribute:
 def build(source: Path, corpus: str, settings: Settings, tally: Tally) -> list[dict[str, Any]]:
     """Rows of `schema.PRODUCTS`, sorted by item; `ValueError` when none is left."""
     if settings.kind == "mepave":
-        rows = mepave.rows(source, corpus, settings.negatives, settings.split.seed, tally)
+        found = iter(mepave.rows(source, corpus, settings.negatives, settings.split.seed, tally))
     else:
-        rows = list(_sampled(mave_rows(source, corpus, settings, tally), settings, tally))
+        found = mave_rows(source, corpus, settings, tally)
+    rows = list(_sampled(found, settings, tally))
     if not rows:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(tally.counts.items()))
         raise ValueError(f"{source}: no product is left ({reasons or 'the files are empty'})")
@@ -464,7 +468,8 @@ def _lowest(
     chosen: dict[str | None, list[tuple[int, str, dict[str, Any]]]] = {}
     for row in rows:
         heap = chosen.setdefault(group(row), [])
-        lowest_last = -int.from_bytes(rank(settings.split.seed, row["item"]), "big")
+        # A hash of its own: by that of the split, what is sampled from large roots would all be trained on.
+        lowest_last = -int.from_bytes(rank(settings.split.seed, f"{limit}\0{row['item']}"), "big")
         heapq.heappush(heap, (lowest_last, row["item"], row))
         if len(heap) > number:
             tally.add(f"not sampled: beyond {limit}", heapq.heappop(heap)[1])

@@ -189,6 +189,14 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
         ({"models__aveqa__image": True}, "models.aveqa.image must be False, got True"),
         ({"models__smartave__epochs": 0}, "models.smartave.epochs must be > 0, got 0"),
         (
+            {"corpora__mave__attributes_per_root": {"Boks": 9}},
+            "corpora.mave.attributes_per_root names 'Boks', which is none of the roots",
+        ),
+        (
+            {"corpora__mepave__max_negatives": 3},
+            "corpora.mepave.max_negatives is not a setting that exists for",
+        ),
+        (
             {"models__a": {"architecture": "model.baselines.none"}},
             "models.a.architecture must be a module of",
         ),

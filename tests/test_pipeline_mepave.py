@@ -155,6 +155,15 @@ def test_the_published_vocabulary_and_two_more_words_are_the_papers(tmp_path: Pa
 
 @pytest.mark.shared_data
 @here
+def test_a_few_of_them_are_a_sample_like_that_of_any_corpus() -> None:
+    settings = products.Settings(kind="mepave", max_products=12)
+    rows = products.build(SAMPLE, "mepave", settings, Tally())
+    assert len(rows) == 12
+    assert all(any(attribute["values"] for attribute in row["attributes"]) for row in rows)
+
+
+@pytest.mark.shared_data
+@here
 def test_the_public_sample_becomes_ninety_products() -> None:
     tally = Tally()
     rows = products.build(SAMPLE, "mepave", products.Settings(kind="mepave"), tally)

@@ -355,6 +355,20 @@ def test_sampling_takes_the_same_products_in_any_order(
     assert len(chosen[0]) == min(limits.get("max_products", 10), 33)
 
 
+@pytest.mark.parametrize("limits", [{"products_per_root": 60}, {"products_per_root": 60, "max_products": 90}])
+def test_what_is_sampled_from_a_large_root_is_in_every_split(tmp_path: Path, limits: dict[str, int]) -> None:
+    metadata = [{**row, "main_cat": "Large" if i < 540 else "Small"} for i, row in enumerate(lines(600))]
+    folder = source(tmp_path, *many(600), metadata=metadata)
+    settings = Settings(kind="mave", require_image=False, **limits)
+    counts = Counter(
+        (row["root_category"], row["split"]) for row in products.build(folder, "mine", settings, Tally())
+    )
+    for root in ("Large", "Small"):
+        of_root = sum(count for (its, _), count in counts.items() if its == root)
+        assert of_root >= 30
+        assert 0.6 < counts[root, "train"] / of_root < 0.95, counts
+
+
 def test_attributes_are_cut_to_the_most_frequent_of_each_root(tmp_path: Path) -> None:
     labels = [
         label(RED, attribute("Mug"), asin="B000000000", paragraphs=None),
