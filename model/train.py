@@ -249,12 +249,21 @@ def fit(
     dataset = Rows(training)
     steps = math.ceil(math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs)
     look = math.ceil(steps / cell.train.evaluations)
+    if cell.train.warmup_steps >= steps:
+        sys.stderr.write(
+            f"train.warmup_steps is {cell.train.warmup_steps} and the training has {steps} steps: it ends "
+            "before the learning rate is reached\n"
+        )
 
     divergence = Divergence()
 
     class Trainer(transformers.Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return Order(dataset.rows)
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step < steps:  # else a finished training, resumed, would do one step more
+                super()._run_epoch(*args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
@@ -299,7 +308,8 @@ def fit(
             bf16=cell.train.precision == "bfloat16",
             seed=seed,
             ddp_find_unused_parameters=False,
-            dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+            dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # forked: they share the processor
+            dataloader_persistent_workers=torch.cuda.is_available(),
             eval_strategy="steps",
             eval_steps=look,
             logging_steps=look,
@@ -376,7 +386,7 @@ def run(corpus: str, name: str, seed: int) -> None:
     if resumed:
         (COSTS / corpus / name / f"{seed}.json").unlink(missing_ok=True)
     else:
-        examples = round(len(training) * cell.train.epochs)
+        examples = max(1, round(len(training) * cell.train.epochs))
         keep_cost(corpus, name, seed, time.perf_counter() - started, examples)
     processor.truncated.clear()  # every epoch counted again, and processes that load batches not at all
     for question in training:

@@ -126,9 +126,18 @@ def test_a_batch_computed_in_parts_is_as_many_steps(tmp_path):
         fit(tmp_path, cell(accumulate=3))
 
 
-def test_half_an_epoch_is_half_the_steps(tmp_path):
-    _, history = fit(tmp_path, cell(epochs=1.5))
+def test_half_an_epoch_is_half_the_steps_and_resumed_at_its_end_no_more(tmp_path):
+    weights, history = fit(tmp_path, cell(epochs=1.5))
     assert history[-1]["step"] == 5  # of 3 an epoch
+    again, same_history = fit(tmp_path, cell(epochs=1.5))
+    assert same_history == history
+    assert same_weights(again, weights)
+
+
+def test_a_warm_up_that_outlasts_the_training_is_told(tmp_path, capsys):
+    fit(tmp_path, cell(epochs=0.5, warmup_steps=9))
+    told = capsys.readouterr().err
+    assert "train.warmup_steps is 9 and the training has 2 steps: it ends before" in told
 
 
 def test_batches_are_a_function_of_seed_and_epoch_and_of_similar_length():
