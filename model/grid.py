@@ -31,13 +31,10 @@ class Cell:
 def missing(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> tuple[list[Cell], dict[str, str]]:
     """The cells to run, and the models that need none because they are as another before them."""
     same = results.same(corpus, models)
-    there = {
-        (one["model"], one["seed"])
-        for one in results.cells([corpus])
-        if one["model"] in models and results.is_current(one)
-    }
+    there = {(one["settings"], one["seed"]) for one in results.cells([corpus])}
+    digests = {model: results.settings_digest(corpus, model) for model in models}
     wanted = [Cell(model, seed) for model in models if model not in same for seed in seeds]
-    return [cell for cell in wanted if (cell.model, cell.seed) not in there], same
+    return [cell for cell in wanted if (digests[cell.model], cell.seed) not in there], same
 
 
 def architecture(files: Mapping[str, Any], corpus: str, model: str) -> str | None:

@@ -10,6 +10,7 @@ One file: each table is the paper's numbers, and the function that sets ours bes
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from model.results import ATTRIBUTES
 from pipeline import schema
 
 Results = Mapping[tuple[str, str], Sequence[dict[str, Any]]]  # (corpus, model) -> its seeds' results
+Said = dict[tuple[str, int], list[Answer]]  # by corpus and seed
 Cell = tuple[int, int]
 NOT_RUN = "not run"
 FLOOR = "no-learning floor"
@@ -146,19 +148,23 @@ class Table:
 def gather(found: Sequence[dict[str, Any]], same: Mapping[str, Mapping[str, str]]) -> Results:
     """Results by corpus and model; a model that is the same as another on a corpus has that one's.
 
-    Corpora NAME_fold0, NAME_fold1 ... are the folds of one: their results stand together under NAME, so that
-    means and deviations are over seeds and folds.
+    Corpora NAME_fold0, NAME_fold1 ... are the folds of one: their results stand together under NAME (or "NAME
+    (folds)", where NAME has results of its own), so that means and deviations are over seeds and folds.
     """
     by: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in found:
         by.setdefault((one["corpus"], one["model"]), []).append(one)
     for corpus, names in same.items():
-        for name, first in names.items():
-            if (corpus, first) in by:
-                by.setdefault((corpus, name), by[corpus, first])
+        alike = [(first, name) for name, first in names.items()] + list(names.items())
+        for name, other in alike:  # whichever of them ran
+            if (corpus, other) in by:
+                by.setdefault((corpus, name), by[corpus, other])
+    whole = {corpus for corpus, _ in by}
     pooled: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (corpus, model), of_it in sorted(by.items()):
-        pooled.setdefault((FOLD.sub("", corpus), model), []).extend(of_it)
+        name = FOLD.sub("", corpus)
+        name = f"{name} (folds)" if name != corpus and name in whole else name
+        pooled.setdefault((name, model), []).extend(of_it)
     return pooled
 
 
@@ -201,22 +207,33 @@ def highest(rows: Sequence[Sequence[str]], first: int, skip: int = 0) -> frozens
 # Significance
 
 
-def answers_of(model: str, cells: Sequence[tuple[str, int]]) -> list[Answer]:
-    """What a model (or the floor) said on the test splits of these corpora and seeds; nothing where that is
-    not here."""
-    said: list[Answer] = []
-    for corpus, seed in cells:
-        path = Path("runs", corpus, OURS if model == FLOOR else model, str(seed), "predictions.parquet")
-        if not path.is_file():
-            return []
-        for row in pq.read_table(path, schema=schema.PREDICTIONS).to_pylist():
-            values = row["floor"] if model == FLOOR else [one["value"] for one in row["values"]]
-            if values is None:  # of an older evaluation, which did not keep it
-                return []
-            said.append(
-                answer(row["item"], row["attribute"], values, row["gold"], row["origins"], row["in_ocr"])
-            )
-    return said
+def answers_here(one: dict[str, Any], model: str) -> list[Answer] | None:
+    """What the model of a kept result (or the floor beside it) said on its test split; None where its
+    predictions are not on this machine, or are not those that the result was made of."""
+    path = Path("runs", one["corpus"], one["model"], str(one["seed"]), "predictions.parquet")
+    if not path.is_file():
+        return None
+    said = []
+    for row in pq.read_table(path, schema=schema.PREDICTIONS).to_pylist():
+        values = row["floor"] if model == FLOOR else [found["value"] for found in row["values"]]
+        if values is None:  # of an older evaluation, which did not keep it
+            return None
+        said.append(answer(row["item"], row["attribute"], values, row["gold"], row["origins"], row["in_ocr"]))
+    kept = (one["floor"] if model == FLOOR else one)["micro"][2]
+    return said if abs(micro(said)["f1"] - kept) < 1e-4 else None
+
+
+def answers_of(results: Results, corpus: str) -> dict[str, Said]:
+    """Per model of a corpus, and for the floor, what `answers_here` finds."""
+    found: dict[str, Said] = {FLOOR: {}}
+    for _, model in names_of(results, corpus):
+        for one in results.get((corpus, model), ()):
+            cell = (one["corpus"], one["seed"])
+            for name in (model, FLOOR):
+                said = found.setdefault(name, {})
+                if cell not in said and (answers := answers_here(one, name)) is not None:
+                    said[cell] = answers
+    return found
 
 
 def in_no_text(answers: Iterable[Answer]) -> list[Answer]:
@@ -224,25 +241,17 @@ def in_no_text(answers: Iterable[Answer]) -> list[Answer]:
     return [one for one in answers if one.gold and PICTURE.issuperset(one.origins)]
 
 
-def cells_of(results: Results, corpus: str, model: str) -> set[tuple[str, int]]:
-    named = OURS if model == FLOOR else model
-    return {(one["corpus"], one["seed"]) for one in results.get((corpus, named), ())}
-
-
-def significance(
-    results: Results, corpus: str, model: str, chosen: Callable[[list[Answer]], list[Answer]] = list
-) -> str:
+def significance(first: Said, ours: Said, chosen: Callable[[list[Answer]], list[Answer]] = list) -> str:
     """`-3.1, p < 0.002`: the difference to SMARTAVE in points of F1 on the `chosen` questions, and how likely
     without any. All seeds and folds that both have count together."""
-    if model == OURS:
+    cells = sorted(first.keys() & ours.keys())
+    both = [chosen([one for cell in cells for one in said[cell]]) for said in (first, ours)]
+    if first is ours or not both[0] or not both[1]:
         return "–"
-    cells = sorted(cells_of(results, corpus, model) & cells_of(results, corpus, OURS))
-    first, second = (chosen(answers_of(name, cells)) for name in (model, OURS))
-    if not first or not second:
-        return "–"
-    if [(one.item, one.attribute) for one in first] != [(one.item, one.attribute) for one in second]:
+    questions = [[(one.item, one.attribute, one.gold) for one in said] for said in both]
+    if questions[0] != questions[1]:
         return "not the same questions"
-    found = paired_bootstrap(first, second)
+    found = paired_bootstrap(*both)
     p = "p < 0.002" if found["p"] < 0.002 else f"p = {found['p']:.3f}"
     return f"{100 * found['difference']:+.1f}, {p}"
 
@@ -283,29 +292,32 @@ def names_of(results: Results, corpus: str) -> list[tuple[str, str]]:
     return [*MAIN, *((name, name) for name in others)]
 
 
-def score_table(results: Results, corpus: str) -> Table:
+def score_table(results: Results, corpus: str, answers: Mapping[str, Said]) -> Table:
     """All models of one corpus on the same questions, every kind of score."""
+    ours = answers.get(OURS, {})
     floors = (floor_of(results, corpus, key, at) for _, key, at in SCORES)
-    rows = [[FLOOR, "", *floors, significance(results, corpus, FLOOR)]]
+    rows = [[FLOOR, "", *floors, significance(answers.get(FLOOR, {}), ours)]]
     for label, model in names_of(results, corpus):
         seeds = len(results.get((corpus, model), ()))
         row = [percent(numbers(results, corpus, model, key, at)) for _, key, at in SCORES]
-        rows.append([label, str(seeds or NOT_RUN), *row, significance(results, corpus, model)])
+        rows.append([label, str(seeds or NOT_RUN), *row, significance(answers.get(model, {}), ours)])
     head = ["method", "seeds", *(title for title, _, _ in SCORES), "F1 less SMARTAVE's, paired bootstrap"]
     return Table(head, rows, highest([row[:-1] for row in rows], 2, 1), rules=1)
 
 
-def picture_table(results: Results, corpus: str) -> Table:
+def picture_table(results: Results, corpus: str, answers: Mapping[str, Said]) -> Table:
     """All models of one corpus on the values that no text tells."""
+    ours = answers.get(OURS, {})
     rows = []
     for label, model in [(FLOOR, FLOOR), *names_of(results, corpus)]:
-        cells = sorted(cells_of(results, corpus, model))
-        of_cell = [found for cell in cells if (found := in_no_text(answers_of(model, [cell])))]
-        asked = {(one.item, one.attribute) for answers in of_cell for one in answers}
-        f1 = percent([micro(found)["f1"] for found in of_cell]) if of_cell or not cells else "–"
-        rows.append([label, str(len(asked) or "–"), f1, significance(results, corpus, model, in_no_text)])
-    head = ["method", "questions", "F1", "F1 less SMARTAVE's, paired bootstrap"]
-    return Table(head, rows, highest([row[:-1] for row in rows], 2, 1), rules=1)
+        said = answers.get(model, {})
+        of_cell = [asked for one in said.values() if (asked := in_no_text(one))]
+        questions = {(one.item, one.attribute) for asked in of_cell for one in asked}
+        f1 = percent([micro(asked)["f1"] for asked in of_cell]) if of_cell else "–"
+        row = [label, str(len(of_cell) or "–"), str(len(questions) or "–"), f1]
+        rows.append([*row, significance(said, ours, in_no_text)])
+    head = ["method", "seeds here", "questions", "F1", "F1 less SMARTAVE's, paired bootstrap"]
+    return Table(head, rows, highest([row[:-1] for row in rows], 3, 1), rules=1)
 
 
 def breakdown(results: Results, corpus: str) -> Table:
@@ -333,8 +345,13 @@ def breakdown(results: Results, corpus: str) -> Table:
 def attribute_table(results: Results, corpus: str) -> Table:
     """Table 2: precision, recall, F1 of four attributes: the paper's where the corpus has them, else those
     with most values."""
-    found = [one["by_attribute"] for (its, _), all_of in results.items() if its == corpus for one in all_of]
-    counts = {name: score[3] for one in found for name, score in one.items()}
+    found = [one for (its, _), all_of in results.items() if its == corpus for one in all_of]
+    by_fold = {
+        (name, one["corpus"]): score[3] for one in found for name, score in one["by_attribute"].items()
+    }
+    counts: Counter[str] = Counter()
+    for (name, _), count in by_fold.items():
+        counts[name] += count
     often = sorted(counts, key=lambda name: (-counts[name], name))
     chosen = [name for name in ATTRIBUTES if name in counts] if corpus == "mave" else []
     chosen = (chosen + [name for name in often if name not in chosen])[:4]
@@ -477,17 +494,19 @@ def everything(results: Results) -> tuple[list[tuple[str, str, Table]], list[tup
     )
     tables = [("Table 1: overall", f"{SCORE} {beside}", main_table(results, corpora))]
     for corpus in corpora:
+        answers = answers_of(results, corpus)
         tables += [
-            (f"Table 1, {corpus}: every score", EVERY_SCORE, score_table(results, corpus)),
+            (f"Table 1, {corpus}: every score", EVERY_SCORE, score_table(results, corpus, answers)),
             (f"By origin of the value, {corpus}", "F1; in brackets, values.", breakdown(results, corpus)),
-            (f"Values that stand in no text, {corpus}", NO_TEXT, picture_table(results, corpus)),
+            (f"Values that stand in no text, {corpus}", NO_TEXT, picture_table(results, corpus, answers)),
             (f"Table 2: attributes, {corpus}", beside, attribute_table(results, corpus)),
         ]
     tables.append(("Table 3: layers", f"{SCORE} {beside}", layers_table(results, corpora)))
     for corpus in corpora:
-        if Path("metrics", corpus, "products.json").is_file():
+        declared = next(all_of[0]["corpus"] for (its, _), all_of in results.items() if its == corpus)
+        if Path("metrics", declared, "products.json").is_file():
             name = {"mepave": "Table 4", "mave": "Table 5"}.get(corpus, "Tables 4 and 5 for")
-            tables.append((f"{name} {corpus}: statistics", "", statistics_table(corpus)))
+            tables.append((f"{name} {corpus}: statistics", "", statistics_table(declared)))
     tables.append(
         ("Table 7: batch size and learning rate", f"{SCORE} {beside}", search_table(results, corpora))
     )

@@ -73,7 +73,6 @@ def score_table(cells: dict[str, dict[int, dict[str, Any] | None]]) -> Table:
     shown = columns(done)
     floor, probe = done[0]["floor"], done[0]["probe"]
     rows = [["floor (no learning)", "", *(mean_and_sd([at(floor, path)]) for _, path in shown)]]
-    means = []
     for name, seeds in cells.items():
         files = [scores for scores in seeds.values() if scores]
         missing = [str(seed) for seed, scores in seeds.items() if not scores]
@@ -81,22 +80,14 @@ def score_table(cells: dict[str, dict[int, dict[str, Any] | None]]) -> Table:
             f"{len(files)}" + (f" (not run: {', '.join(missing)})" if missing else "") if files else "not run"
         )
         rows.append([name, said, *(mean_and_sd([at(one, path) for one in files]) for _, path in shown)])
-        means.append([text.split()[0] for text in rows[-1]])
-    best = set()
-    for column in range(2, len(shown) + 2):
-        highest = max(row[column] for row in means)
-        best |= {
-            (number, column)
-            for number, row in enumerate(means, 1)
-            if len(means) > 1 and row[column] == highest and row[column] != "–"
-        }
+    best = paper.highest(rows, 2, 1)
     linear: dict[Keys, float | None] = {}
     if probe["visible"]["count"]:
         linear["by_origin", "visible", "f1"] = probe["visible"]["f1"]
     rows.append(
         ["linear probe on region features", "", *(mean_and_sd([linear.get(path)]) for _, path in shown)]
     )
-    return Table(["model", "seeds", *(title for title, _ in shown)], rows, frozenset(best), rules=1)
+    return Table(["model", "seeds", *(title for title, _ in shown)], rows, best, rules=1)
 
 
 def cautions(files: Sequence[dict[str, Any]]) -> list[str]:

@@ -47,6 +47,7 @@ def test_what_is_there_with_today_s_settings_is_not_run_again(files, tmp_path):
     cells, same = grid.missing("sample", MODELS, [0, 1])
     assert cells == [Cell("smartave", 1), Cell("aveqa", 0), Cell("pam", 0), Cell("pam", 1)]
     assert same == {"smartave-alpha-06": "smartave"}
+    assert grid.missing("sample", ["smartave-alpha-06"], [0, 1]) == ([Cell("smartave-alpha-06", 1)], {})
     (tmp_path / "params.yaml").write_text(PARAMS.replace("alpha: 0.6", "alpha: 0.7").replace("10}", "11}"))
     changed = config.resolve(config.read(config.PARAMS))
     config.write(changed, tmp_path / "config")

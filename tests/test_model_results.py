@@ -173,6 +173,15 @@ def test_folds_of_a_corpus_stand_together(project):
     assert [corpus for corpus, _ in found] == ["mine"]
     assert paper.main_table(found, ["mine"]).rows[6] == ["PAM", "70.00 ± 14.14"]
     assert paper.breakdown(found, "mine").head[1] == "text (80)"
+    one = json.loads(keep("mine", "pam", 0, whole(0.5), SIZES).read_text())
+    found = paper.gather([one, *results.cells()], {})
+    assert [corpus for corpus, _ in found] == ["mine", "mine (folds)"]
+
+
+def test_whichever_of_two_alike_ran_both_have_its_numbers(project):
+    keep("mine", "pam", 0, whole(0.7), SIZES)
+    found = paper.gather(results.cells(), {"mine": {"pam": "smartave", "other": "smartave"}})
+    assert [paper.of(found, "mine", name) for name in ("smartave", "pam", "other")] == [[0.7]] * 3
 
 
 def predictions(project, model, seed, values, origin="text", floor="blue"):
@@ -187,26 +196,43 @@ def predictions(project, model, seed, values, origin="text", floor="blue"):
     schema.write_parquet(rows, schema.PREDICTIONS, folder / "predictions.parquet")
 
 
-def test_a_paired_bootstrap_stands_beside_each_model_whose_predictions_are_here(found, project):
-    assert paper.significance(found, "mine", "pam") == "–"
+def compared(found, model):
+    answers = paper.answers_of(found, "mine")
+    return paper.significance(answers.get(model, {}), answers.get(paper.OURS, {}))
+
+
+def test_a_paired_bootstrap_stands_beside_each_model_whose_predictions_are_here(project):
+    for name, f1, floor in (("smartave", 1.0, 0.0), ("pam", 0.25, 0.0)):
+        scores = whole(f1)
+        keep("mine", name, 0, scores | {"floor": scores["floor"] | {"f1": floor}}, SIZES)
+    found = paper.gather(results.cells(), {})
+    assert compared(found, "pam") == "–"
     predictions(project, "smartave", 0, ["red"] * 20)
-    assert paper.significance(found, "mine", "pam") == "–"
+    assert compared(found, "pam") == "–"
+    assert compared(found, paper.FLOOR) == "-100.0, p < 0.002"
     predictions(project, "pam", 0, ["red"] * 5 + ["blue"] * 15)
-    assert paper.significance(found, "mine", "pam") == "-75.0, p < 0.002"
-    assert paper.significance(found, "mine", "smartave") == "–"
-    assert paper.significance(found, "mine", paper.FLOOR) == "–"  # nothing of the second seed is here
-    predictions(project, "smartave", 1, ["red"] * 20)
-    assert paper.significance(found, "mine", paper.FLOOR) == "-100.0, p < 0.002"
+    assert compared(found, "pam") == "-75.0, p < 0.002"
+    assert compared(found, "smartave") == "–"
+
+
+def test_predictions_of_another_training_than_the_kept_one_are_left_out(found, project):
+    predictions(project, "smartave", 0, ["red"] * 20)  # F1 1.0, and what is kept says 0.8
+    assert paper.answers_of(found, "mine")["smartave"] == {}
 
 
 @pytest.mark.parametrize("origin", ["printed", "visible", "unknown"])
-def test_values_that_stand_in_no_text_are_compared_by_themselves(found, project, origin):
+def test_values_that_stand_in_no_text_are_compared_by_themselves(project, origin):
+    scores = whole(1.0)
     for seed in (0, 1):
         predictions(project, "smartave", seed, ["red"] * 20, origin)
+        keep("mine", "smartave", seed, scores | {"floor": scores["floor"] | {"f1": 0.0}}, SIZES)
     predictions(project, "pam", 0, ["red"] * 5 + ["blue"] * 5 + ["red"] * 10, origin)
-    rows = {row[0]: row[1:] for row in paper.picture_table(found, "mine").rows}
-    assert rows["SMARTAVE"] == ["10", "100.00 ± 0.00", "–"]
-    assert rows["PAM"][:2] == ["10", "50.00"]
-    assert rows["PAM"][2].startswith("-50.0, p ")
-    assert rows[paper.FLOOR] == ["10", "0.00 ± 0.00", "-100.0, p < 0.002"]
-    assert rows["AVEQA"] == ["–", "not run", "–"]
+    keep("mine", "pam", 0, whole(0.75), SIZES)
+    found = paper.gather(results.cells(), {})
+    table = paper.picture_table(found, "mine", paper.answers_of(found, "mine"))
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["SMARTAVE"] == ["2", "10", "100.00 ± 0.00", "–"]
+    assert rows["PAM"][:3] == ["1", "10", "50.00"]
+    assert rows["PAM"][3].startswith("-50.0, p ")
+    assert rows[paper.FLOOR] == ["2", "10", "0.00 ± 0.00", "-100.0, p < 0.002"]
+    assert rows["AVEQA"] == ["–", "–", "–", "–"]
