@@ -72,7 +72,9 @@ def flops(config: Config, given: dict[str, torch.Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--instances", type=int, help="of a step; by default 32, on a CPU 2")
     parser.add_argument("--max-length", type=int, default=1024)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy._core import multiarray
 from safetensors.torch import save_file
 
 from features.detector import PIXEL_MEAN_BGR, Detector
@@ -105,7 +104,10 @@ UNREADABLE = (
     KeyError,
     IndexError,
     AttributeError,
+    MemoryError,
+    OverflowError,
 )
+PLAIN_NUMBER = re.compile(r"[<>|=]?(?:f[248]|[iu][1248])")
 
 
 def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
@@ -135,11 +137,12 @@ def read_checkpoint(path: Path, form: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds no dictionary of parameters")
     tensors = {}
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor | np.ndarray) or (
-            isinstance(value, np.ndarray) and value.dtype.kind not in "fiu"
-        ):
+        whole = getattr(value, "value", None) if isinstance(value, _Array) else value
+        if not isinstance(whole, torch.Tensor | np.ndarray):
             raise ValueError(f"{path}: {name} is no array of numbers")
-        tensors[str(name)] = torch.as_tensor(value).float()
+        if isinstance(whole, np.ndarray):
+            whole = whole.astype(np.float32)
+        tensors[str(name)] = torch.as_tensor(whole).float()
     return tensors
 
 
@@ -150,18 +153,47 @@ def _encode(text: str, encoding: str) -> bytes:
     return codecs.latin_1_encode(text)[0]
 
 
-def _array(buffer: Any, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> np.ndarray:
+class _Number:
+    """What stands for `numpy.dtype`: a plain number, no structure, no object."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = True) -> None:
+        if not PLAIN_NUMBER.fullmatch(name):
+            raise pickle.UnpicklingError(f"an array of {name!r} is not allowed")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """What stands for `numpy.ndarray`: made from bytes that are as many as its shape says."""
+
+    value: np.ndarray
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, number, is_fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        self.value = _array(raw, number, shape, "F" if is_fortran else "C").value
+
+
+def _array(buffer: Any, number: _Number, shape: tuple[int, ...], order: str) -> _Array:
     """How protocol 5 writes arrays."""
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+    made = _Array()
+    made.value = np.frombuffer(buffer, number.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return made
 
 
 class _ArrayUnpickler(pickle.Unpickler):
+    # No function of numpy is called: what it does with a hostile state is not known.
     allowed: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): multiarray._reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): multiarray._reconstruct,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Number,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy.core.numeric", "_frombuffer"): _array,
         ("numpy._core.numeric", "_frombuffer"): _array,
         ("_codecs", "encode"): _encode,

@@ -342,7 +342,9 @@ def write(files: dict[str, Any], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m model.config", description=(__doc__ or "").split("\n")[0]
+        prog="python -m model.config",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
     try:

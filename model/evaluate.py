@@ -19,14 +19,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from pydantic import Field
-from tqdm import tqdm
 
 from model import metrics, results
 from model.examples import Extraction, Question, questions
 from model.floor import Floor
 from model.metrics import Answer, Chunk
 from model.probe import Probe
-from pipeline import params, schema
+from pipeline import params, progress, schema
 
 
 class Settings(params.Settings):
@@ -169,14 +168,17 @@ def run(corpus: str, name: str, seed: int) -> None:
     provenance = json.loads((folder / "model" / "provenance.json").read_text(encoding="utf-8"))
     what = made_with(provenance, products)
     sizes = what["sizes"]
-    learnt = tqdm(questions(corpus, "train"), "floor and probe", sizes["train"]["questions"], unit="question")
+    shown: dict[str, Any] = {"seconds": 10, "unit": "question"}
+    learnt = progress.bar(
+        "floor and probe", sizes["train"]["questions"], iterable=questions(corpus, "train"), **shown
+    )
     floor, probe = train_rules(learnt)
     asked, kept = itertools.tee(questions(corpus, "test"))
     extracted = checkpoint.extract(model, processor, asked, batch_size=settings.batch_size)
-    progress = tqdm(
-        extracted, f"evaluate {corpus} {name} {seed}", sizes["test"]["questions"], unit="question"
+    watched = progress.bar(
+        f"evaluate {corpus} {name} {seed}", sizes["test"]["questions"], iterable=extracted, **shown
     )
-    scores, rows = judge(kept, progress, floor, probe)
+    scores, rows = judge(kept, watched, floor, probe)
     schema.write_parquet(rows, schema.PREDICTIONS, folder / "predictions.parquet")
     for group in ("by_attribute", "by_origin"):
         write_json(plot_rows(scores, group), folder / "plots" / f"{group}.json")
@@ -187,11 +189,13 @@ def run(corpus: str, name: str, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m model.evaluate", description=(__doc__ or "").split("\n")[0]
+        prog="python -m model.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("corpus", metavar="CORPUS")
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("seed", metavar="SEED", type=int)
+    parser.add_argument("corpus", metavar="CORPUS", help="a corpus of params.yaml, its data stages done")
+    parser.add_argument("model", metavar="MODEL", help="a model of params.yaml")
+    parser.add_argument("seed", metavar="SEED", type=int, help="of weights, order and dropout")
     arguments = parser.parse_args()
     try:
         run(arguments.corpus, arguments.model, arguments.seed)

@@ -94,6 +94,13 @@ class Reader:
         return next((name for name in reversed(names) if name in self.categories), names[-1] if names else "")
 
 
+def here(settings: dict[str, Any]) -> dict[str, Any]:
+    """A stage's settings on this machine: trained with a GPU, a model is applied without one too."""
+    import torch
+
+    return settings if torch.cuda.is_available() else {**settings, "device": "cpu"}
+
+
 class Seen:
     """What a model may see of pictures: fetched, read and cut into regions as for its training."""
 
@@ -107,11 +114,11 @@ class Seen:
         if looks["ocr"]:
             from features import ocr
 
-            self.ocr = ocr.make_worker(ocr.Settings.model_validate(provenance["ocr"]))
+            self.ocr = ocr.make_worker(ocr.Settings.model_validate(here(provenance["ocr"])))
         if looks["image"]:
             from features import regions
 
-            self.regions = regions.make_worker(regions.Settings.model_validate(provenance["regions"]))
+            self.regions = regions.make_worker(regions.Settings.model_validate(here(provenance["regions"])))
 
     def of(self, lines: Sequence[Line], folder: Path | None = None) -> list[tuple[str, dict[str, Any]]]:
         """Per line the status of its picture, and the fields of `Product` that come from it.

@@ -19,10 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from model.extractor import Extractor
-from pipeline import mave
+from pipeline import mave, progress
 from pipeline.disk import atomically
 from pipeline.tally import Tally
 
@@ -66,7 +64,9 @@ def run(arguments: argparse.Namespace) -> Tally:
     ):
         lines = (extractor.reader.read(raw) for raw in raw_lines(file))
         rows = extractor.rows(lines, attributes=arguments.attributes)
-        for row in tqdm(rows, "predict", num_lines(arguments.input), unit="line"):
+        for row in progress.bar(
+            "predict", num_lines(arguments.input), seconds=10, iterable=rows, unit="line"
+        ):
             tally.add(row["status"])
             if row["image"] is not None:
                 tally.add(f"image: {row['image']}")

@@ -323,7 +323,9 @@ def run() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m model.report", description=(__doc__ or "").split("\n")[0]
+        prog="python -m model.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
     try:

@@ -412,10 +412,14 @@ def run(corpus: str, name: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.train", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("corpus", metavar="CORPUS")
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("seed", metavar="SEED", type=int)
+    parser = argparse.ArgumentParser(
+        prog="python -m model.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("corpus", metavar="CORPUS", help="a corpus of params.yaml, its data stages done")
+    parser.add_argument("model", metavar="MODEL", help="a model of params.yaml")
+    parser.add_argument("seed", metavar="SEED", type=int, help="of weights, order and dropout")
     arguments = parser.parse_args()
     try:
         with stopping_with_parent():

@@ -215,7 +215,9 @@ def report(*, clear: bool) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--clear", action="store_true", help="clear what may be cleared")
     sys.exit(1 if report(clear=parser.parse_args().clear) else 0)
 

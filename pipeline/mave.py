@@ -137,7 +137,9 @@ def _full_line(label: dict[str, Any], paragraphs: Any) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.mave", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--metadata", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--labels", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")

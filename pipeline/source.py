@@ -256,7 +256,9 @@ def _set_pin(entry: Any, one: Wanted, sha256: str, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.source", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("corpus", metavar="CORPUS")
     parser.add_argument("--pin", action="store_true", help="write pins into params.yaml instead")
     arguments = parser.parse_args()
