@@ -122,7 +122,7 @@ def ours(folder: Path, urls: list[str], place: str, files: list[bytes]) -> Run:
     (folder / "data/toy").mkdir(parents=True)
     (folder / "config/toy").mkdir(parents=True)
     schema.write_parquet(rows, schema.PRODUCTS, folder / "data/toy/products.parquet")
-    settings = {"hosts": [place], "concurrency": CONCURRENCY}
+    settings = {"hosts": [place], "concurrency": PROCESSES * CONCURRENCY}
     (folder / "config/toy/images.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "pipeline.images", "toy"]
     done = run(command, folder, PYTHONPATH=str(ROOT), SMARTAVE_WORKERS=str(PROCESSES))

@@ -52,8 +52,8 @@ class Settings(params.Settings):
     cdn_size_px: int | None = Field(None, ge=16, le=5000)  # Amazon's server scales the longer side to this
     shard_size: int = Field(64, ge=1, le=4096)
     # these change no byte of a finished shard
-    concurrency: int = Field(16, ge=1, le=256)  # requests at a time, per worker
-    requests_per_s: float | None = Field(None, gt=0)  # at most, per worker
+    concurrency: int = Field(16, ge=1, le=256)  # requests at a time, of all workers
+    requests_per_s: float | None = Field(None, gt=0)  # at most, of all workers
     timeout_s: float = Field(30.0, gt=0)  # of one try, redirects included
     attempts: int = Field(5, ge=1, le=20)
     max_transient: float = Field(0.01, ge=0, le=1)  # share of rows that may fail for now
@@ -226,7 +226,15 @@ def _row(row: dict[str, Any], found: bytes | pictures.Verdict, settings: Setting
     }
 
 
+def share(settings: Settings, num_workers: int) -> Settings:
+    """What one of `num_workers` may ask of a server, so that all together hold the limits."""
+    rate = settings.requests_per_s and settings.requests_per_s / num_workers
+    concurrency = max(1, settings.concurrency // num_workers)
+    return settings.model_copy(update={"concurrency": concurrency, "requests_per_s": rate})
+
+
 def job(corpus: str, settings: Settings) -> shards.Job:
+    settings = share(settings, shards.executor(threads=1)[1])
     rows = inputs(wanted(Path("data") / corpus / "products.parquet"), settings)
     return shards.Job(
         stage="images",

@@ -303,7 +303,7 @@ def _made(
 def _executed(
     job: Job, name: str, tasks: Mapping[int, _Task], progress: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    execute, num_workers = _executor(job.threads)
+    execute, num_workers = executor(job.threads)
     indices = list(tasks)
     open_worker = _OpenWorker(job.settings, job.make_worker, job.schema, job.transient, job.lost)
     results = execute(
@@ -323,7 +323,8 @@ def _named(name: str, index: int, task: _Task) -> str:
     return f"{name}: shard {index:05d} ({first} to {last})"
 
 
-def _executor(threads: int) -> tuple[workers.Executor, int]:
+def executor(threads: int) -> tuple[workers.Executor, int]:
+    """What runs tasks of so many threads, and how many at a time; `ValueError` for a wrong environment."""
     name = os.environ.get("SMARTAVE_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise ValueError(f"SMARTAVE_EXECUTOR must be one of {', '.join(EXECUTORS)}, got {name!r}")

@@ -607,6 +607,14 @@ def test_requests_keep_their_pace_and_a_busy_server_is_left_alone(server):
     assert server.times["busy"][1] - server.times["busy"][0] >= 1
 
 
+def test_workers_share_what_may_be_asked_of_a_server():
+    settings = images.Settings(concurrency=16, requests_per_s=100)
+    shared = images.share(settings, 5)
+    assert (shared.concurrency, shared.requests_per_s) == (3, 20)
+    assert images.share(images.Settings(concurrency=2), 5).concurrency == 1
+    assert images.share(images.Settings(), 5).requests_per_s is None
+
+
 def test_after_a_retry_after_no_request_of_any_picture_begins_too_early():
     async def begin():
         turns = fetch.Turns(None)
