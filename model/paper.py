@@ -316,7 +316,7 @@ def picture_table(results: Results, corpus: str, answers: Mapping[str, Said]) ->
         f1 = percent([micro(asked)["f1"] for asked in of_cell]) if of_cell else "–"
         row = [label, str(len(of_cell) or "–"), str(len(questions) or "–"), f1]
         rows.append([*row, significance(said, ours, in_no_text)])
-    head = ["method", "seeds here", "questions", "F1", "F1 less SMARTAVE's, paired bootstrap"]
+    head = ["method", "cells here", "questions", "F1", "F1 less SMARTAVE's, paired bootstrap"]
     return Table(head, rows, highest([row[:-1] for row in rows], 3, 1), rules=1)
 
 
