@@ -109,7 +109,7 @@ def metadata(num_lines: int) -> Iterator[bytes]:
             "asin": asin(number),
         }
         missing = LINE_BYTES - len(json.dumps(row))
-        row["similar_item"] = text(rng, known, missing)
+        row["similar_item"] = text(rng, known, 2 * missing)[:missing]
         yield json.dumps(row).encode() + b"\n"
 
 
