@@ -200,6 +200,8 @@ class _Roots:
 
 def _frequent(labels: Labels, roots: _Roots, limits: Mapping[str, int]) -> dict[str, frozenset[str]]:
     """root -> the attributes that most of its products have a value of, as labelled; ties by name."""
+    if not limits:
+        return {}
     if unknown := sorted(limits.keys() - set(roots.names)):
         known = ", ".join(roots.names) or "none; it needs the corpus's `roots`"
         raise ValueError(f"products.attributes_per_root names {', '.join(unknown)}; the roots are {known}")
