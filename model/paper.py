@@ -498,9 +498,12 @@ def everything(results: Results) -> tuple[list[tuple[str, str, Table]], list[tup
         tables += [
             (f"Table 1, {corpus}: every score", EVERY_SCORE, score_table(results, corpus, answers)),
             (f"By origin of the value, {corpus}", "F1; in brackets, values.", breakdown(results, corpus)),
-            (f"Values that stand in no text, {corpus}", NO_TEXT, picture_table(results, corpus, answers)),
             (f"Table 2: attributes, {corpus}", beside, attribute_table(results, corpus)),
         ]
+        ran = [one for (its, _), all_of in results.items() if its == corpus for one in all_of]
+        if any(PICTURE & one["by_origin"].keys() for one in ran):
+            title = f"Values that stand in no text, {corpus}"
+            tables.append((title, NO_TEXT, picture_table(results, corpus, answers)))
     tables.append(("Table 3: layers", f"{SCORE} {beside}", layers_table(results, corpora)))
     for corpus in corpora:
         declared = next(all_of[0]["corpus"] for (its, _), all_of in results.items() if its == corpus)

@@ -134,6 +134,7 @@ def test_every_table_and_figure_of_the_paper_is_there(found):
     tables, figures = paper.everything(found)
     titles = " ".join(title for title, _, _ in tables)
     assert all(f"Table {number}" in titles for number in (1, 2, 3, 7))
+    assert "in no text, mine" in titles  # it has visible values
     assert [title[:8] for title, _, _ in figures] == ["Figure 3", "Figure 4", "Figure 5", "Figure 6"]
     assert "<svg" in figures[0][2]
     for title, _, table in tables:
