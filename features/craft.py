@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from easyocr.craft import CRAFT
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from features.convolutions import fused
+from features.convolutions import Joined, fused
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * np.float32(255)
 STD = np.array([0.229, 0.224, 0.225], np.float32) * np.float32(255)
 TEXT, LINK, LOW_TEXT = 0.7, 0.4, 0.4  # EasyOCR's thresholds
 MIN_CELLS = 10  # of a component
 MULTIPLE_PX = 32
+SKIPS = (512, 512, 256, 128)  # channels that the way up takes from the way down, coarsest first
 
 
 class TextMaps(nn.Module):
@@ -35,7 +35,9 @@ class TextMaps(nn.Module):
             if isinstance(following[0], nn.ReLU):  # works in place there, so the skip connection has it too
                 one.append(following.pop(0))
         self.down = nn.ModuleList(fused(layers) for layers in slices)
-        self.up = nn.ModuleList(fused(getattr(craft, f"upconv{number}").conv) for number in range(1, 5))
+        ups = [fused(getattr(craft, f"upconv{number}").conv) for number in range(1, 5)]
+        self.join = nn.ModuleList(Joined(up[0], size) for up, size in zip(ups, SKIPS, strict=True))  # type: ignore[arg-type]
+        self.up = nn.ModuleList(up[1:] for up in ups)
         self.head = fused(craft.conv_cls)
         self.dtype = dtype
         self.to(dtype)
@@ -49,10 +51,8 @@ class TextMaps(nn.Module):
             x = down(x)
             levels.append(x)
         *skips, x = levels
-        for up, skip in zip(self.up, reversed(skips), strict=True):
-            if x.shape[2:] != skip.shape[2:]:
-                x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
-            x = up(torch.cat([x, skip], dim=1))
+        for join, up, skip in zip(self.join, self.up, reversed(skips), strict=True):
+            x = up(join(x, skip))
         return self.head(x).float().permute(0, 2, 3, 1)
 
 

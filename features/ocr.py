@@ -220,6 +220,9 @@ def make_worker(settings: Settings) -> Work:
     import cv2
     import torch
 
+    from features.memory import keep_freed
+
+    keep_freed()
     torch.set_num_threads(settings.threads)
     cv2.setNumThreads(settings.threads)
     if settings.engine == "rapidocr":

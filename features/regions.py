@@ -69,6 +69,9 @@ class Settings(params.Settings):
 def make_worker(settings: Settings) -> "Work":
     import torch
 
+    from features.memory import keep_freed
+
+    keep_freed()
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("regions.device is cuda, and torch sees no GPU")
     torch.set_num_threads(settings.threads)

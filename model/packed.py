@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
 
 LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
-MANY = 256  # local-tokens of an example from which on its hyper-tokens' keys had better absorb the queries
+LESS = 1 / 3  # of a projection's work, up to which it is better absorbed: small products are slower
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +157,8 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     absorbed, constant = absorb(asks, key["h2l"])
     maps = [query["l2l"], key["l2l"], attention.value_local]
     l2h = "l2h" not in attention.without
-    many = len(local) >= MANY * batch and 2 * num_hyper * heads < x.shape[1]
-    dense_l2h = l2h and many and packing.private is None
+    work = batch * num_hyper * (x.shape[1] + packing.local_row.shape[1] * heads)  # of absorbing, over D
+    dense_l2h = l2h and work < LESS * len(local) * x.shape[1] and packing.private is None
     of_local = project(local, *maps, *([query["l2h"]] if l2h and not dense_l2h else []))
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []

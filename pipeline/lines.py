@@ -5,7 +5,7 @@ import queue
 import sys
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,37 +25,53 @@ LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
-def numbered(path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
+def _always(block: bytes, begin: int, end: int) -> bool:
+    return True
+
+
+def numbered(
+    path: Path, tally: Tally, is_wanted: Callable[[bytes, int, int], bool] = _always
+) -> Iterator[tuple[int, bytes]]:
     """`(line number from 1, line without its end)`; blank lines are skipped, giant ones counted.
 
+    Lines in `block[begin:end]` of which `is_wanted(block, begin, end)` says no are passed over uncopied.
     Raises `ValueError` for a Git LFS pointer and for a damaged gzip stream.
     """
     rest: list[bytes] = []  # of a line that spans blocks
     number, dropping = 0, False
+
+    def is_usable(line: bytes) -> bool:
+        if len(line) > MAX_LINE_BYTES:
+            tally.add("line too long", f"{path.name}:{number}")
+            return False
+        return bool(line) and not line.isspace()
+
     with closing(_ahead(_blocks(path)) if _is_zipped(path) else _blocks(path)) as blocks:
         for block in blocks:
             begin = 0
             while (end := block.find(b"\n", begin)) >= 0:  # one at a time: the memory of a line stays warm
-                line = block[begin:end]
-                begin = end + 1
                 number += 1
-                if rest:
-                    line = b"".join([*rest, line])
-                    rest = []
-                if dropping or len(line) > MAX_LINE_BYTES:
+                if dropping:
                     tally.add("line too long", f"{path.name}:{number}")
                     dropping = False
-                elif line and not line.isspace():
+                elif rest:
+                    line = b"".join([*rest, block[:end]])
+                    rest = []
+                    if is_wanted(line, 0, len(line)) and is_usable(line):
+                        yield number, line
+                elif is_wanted(block, begin, end) and is_usable(line := block[begin:end]):
                     yield number, line
+                begin = end + 1
             last = block[begin:]
             if dropping or sum(len(part) for part in rest) + len(last) > MAX_LINE_BYTES:
                 rest, dropping = [], True
             elif last:
                 rest.append(last)
+    number += 1
     if dropping:
-        tally.add("line too long", f"{path.name}:{number + 1}")
-    elif (line := b"".join(rest)) and not line.isspace():
-        yield number + 1, line
+        tally.add("line too long", f"{path.name}:{number}")
+    elif is_usable(line := b"".join(rest)) and is_wanted(line, 0, len(line)):
+        yield number, line
 
 
 def parse(line: bytes, where: str, tally: Tally) -> dict[str, Any] | None:

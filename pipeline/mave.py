@@ -42,17 +42,18 @@ class Record(NamedTuple):
     paragraphs: list[tuple[str, str]]
 
 
-def may_be_wanted(line: bytes, wanted: Mapping[bytes, int]) -> bool:
-    """False only for a metadata line whose asin is not in `wanted`; most lines are told apart unparsed.
+def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int]) -> bool:
+    """False only for a metadata line, `block[begin:end]`, whose asin is not in `wanted`.
 
-    Where the last `"asin"` is a key and one `}` follows, it is the line's own and the one that counts.
+    Most lines are told apart unparsed: where the last `"asin"` is a key and one `}` follows, it is the line's
+    own and the one that counts.
     """
-    at = line.rfind(KEY)
-    if at > 0 and line[at - 1] != BACKSLASH and (last := NAMED.match(line, at)):
-        end = last.end()
-        if line.find(b"{", end) < 0 and line.count(b"}", end) == 1 and b"\\" not in last[1]:
+    at = block.rfind(KEY, begin, end)
+    if at > begin and block[at - 1] != BACKSLASH and (last := NAMED.match(block, at, end)):
+        after = last.end()
+        if block.find(b"{", after, end) < 0 and block.count(b"}", after, end) == 1 and b"\\" not in last[1]:
             return last[1] in wanted
-    named = NAMED.findall(line)
+    named = NAMED.findall(block, begin, end)
     return not named or any(asin in wanted or b"\\" in asin for asin in named)
 
 
@@ -63,12 +64,17 @@ def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) ->
     """
     state = bytearray(max(wanted.values(), default=NONE) + 1)
     unasked = 0
+
+    def is_wanted(block: bytes, begin: int, end: int) -> bool:
+        nonlocal unasked
+        if may_be_wanted(block, begin, end, wanted):
+            return True
+        unasked += 1
+        return False
+
     for path in paths:
         name = path.name
-        for number, line in numbered(path, tally):
-            if not may_be_wanted(line, wanted):
-                unasked += 1
-                continue
+        for number, line in numbered(path, tally, is_wanted):
             where = f"{name}:{number}"
             metadata = parse(line, where, tally)
             if metadata is None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.encoder import Encoder, StructuredAttention
-from model.packed import LONG, MANY, pack, packed_encoder
+from model.packed import LESS, LONG, pack, packed_encoder
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
 
@@ -84,12 +84,13 @@ def test_long_texts_take_other_kernels_to_the_same_numbers(private):
     torch.manual_seed(0)
     hyper_mask = torch.tensor([[True, True, True], [True, True, False]])
     segment = torch.arange(LONG + 20).expand(2, -1) // (LONG + 5)
-    encoder = Encoder(**SIZES | {"hidden_size": 16}).double()
-    hyper = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
-    local = torch.randn(2, LONG + 20, 16, dtype=torch.float64, requires_grad=True)
+    encoder = Encoder(**SIZES | {"hidden_size": 32}).double()
+    hyper = torch.randn(2, 3, 32, dtype=torch.float64, requires_grad=True)
+    local = torch.randn(2, LONG + 20, 32, dtype=torch.float64, requires_grad=True)
     packing = pack(hyper_mask, segment, private)
     assert packing.groups == ((2, 15), (2, LONG + 5))
-    assert LONG + 20 >= MANY
+    length, width, heads = LONG + 20, 32, encoder.layers[0].attention.num_heads
+    assert 3 * (width + length * heads) < LESS * length * width  # so that L2H is absorbed
     rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
     found = []
     for hypers, locals_ in (

@@ -158,6 +158,25 @@ def test_a_giant_line_is_counted_and_the_next_one_read(
     assert tally.examples == {"line too long": ["m.jsonl:1"]}
 
 
+@pytest.mark.parametrize("block_bytes", [2, 3, 7, 64, 1000])
+def test_lines_that_nobody_wants_are_passed_over_wherever_blocks_end(
+    block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 30)
+    path, asked, tally = tmp_path / "m.jsonl", [], Tally()
+    giant = b"+" * 1100
+    path.write_bytes(b"\n".join([b"+one", b"-two", b"", giant, b"-", b"+" * 9, b"  ", b"-no", b"+last"]))
+
+    def is_wanted(block: bytes, begin: int, end: int) -> bool:
+        asked.append(block[begin:end])
+        return not block.startswith(b"-", begin, end)
+
+    assert list(lines.numbered(path, tally, is_wanted)) == [(1, b"+one"), (6, b"+" * 9), (9, b"+last")]
+    assert set(asked) - {b""} == {b"+one", b"-two", b"-", b"+" * 9, b"  ", b"-no", b"+last"}
+    assert tally.examples == {"line too long": ["m.jsonl:4"]}
+
+
 def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "m.json.gz"
     path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
