@@ -78,7 +78,7 @@ def peers(length: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def forms(length: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """The forward pass of each form on tokens that want a gradient, as a function without arguments."""
+    """The sum of what each form makes of tokens that want a gradient, as a function without arguments."""
     hyper_mask, segment = (part.repeat(TOKENS // length, 1) for part in layout(length))
     batch, num_hyper = hyper_mask.shape
     packing = pack(hyper_mask, segment)
@@ -86,19 +86,20 @@ def forms(length: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
         num_layers=1, hidden_size=WIDTH, num_heads=HEADS, intermediate_size=INNER, dropout=0.0
     ).to(dtype)
     tokens = torch.randn(batch, num_hyper + length, WIDTH, dtype=dtype, requires_grad=True)
-    packed = tokens.detach().flatten(0, 1).requires_grad_()
+    rows = tokens.detach().flatten(0, 1).split([batch * num_hyper, batch * length])
+    hyper, local = (part.clone().requires_grad_() for part in rows)
 
     def ours() -> Tensor:
-        rows = packed.split([packing.num_hyper, len(packed) - packing.num_hyper])
-        return torch.cat(packed_encoder(encoder, *rows, packing))
+        of_hyper, of_local = packed_encoder(encoder, hyper, local, packing)
+        return of_hyper.sum() + of_local.sum()
 
     found: dict[str, Callable[[], Tensor]] = {"ours": ours}
     for name in ("sdpa", "eager"):
         layer = dense(name).to(dtype)
-        found[f"BERT {name}"] = lambda layer=layer: first(layer(tokens))
+        found[f"BERT {name}"] = lambda layer=layer: first(layer(tokens)).sum()
     if length == max(LENGTHS) and dtype == torch.float32:
         for name, run in peers(length + 512).items():
-            found[name] = lambda run=run: run(tokens)
+            found[name] = lambda run=run: run(tokens).sum()
     return found
 
 
@@ -137,9 +138,7 @@ def main() -> None:
         curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
         for length in LENGTHS:
             runs = forms(length, dtype)
-            seconds = best_s(
-                {name: lambda run=run: run().sum().backward() for name, run in runs.items()}, repeats
-            )
+            seconds = best_s({name: lambda run=run: run().backward() for name, run in runs.items()}, repeats)
             cells = []
             for name, run in runs.items():
                 curves.setdefault(name, []).append(seconds[name])

@@ -237,6 +237,15 @@ class Encoder(nn.Module):
             assert isinstance(ours, EncoderLayer)
             ours.start_from(theirs)
 
+    def compile_dense(self) -> None:
+        """Compile what is dense in a layer, once for all layers and numbers of tokens.
+
+        Attention stays as it is: its shapes are others in each batch.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
+            layer.feed_forward = torch.compile(layer.feed_forward, dynamic=True)  # type: ignore[method-assign]
+
     def forward(
         self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -49,13 +49,22 @@ class Packing:
         """(B, N, ...) and (B, L, ...) to (M + P, ...)."""
         return torch.cat([hyper.flatten(0, 1)[self.hyper_at], local.flatten(0, 1)[self.local_at]])
 
+    def rows_of_hyper(self, packed: Tensor) -> Tensor:
+        """(M, ...) to (B, N, ...); what stands at padding is finite and means nothing."""
+        if self.num_hyper < self.hyper_row.numel():
+            packed = packed.index_select(0, self.hyper_row.flatten())
+        return packed.unflatten(0, self.hyper_row.shape)
+
+    def of_rows(self, hyper: Tensor) -> Tensor:
+        """(B, N, ...) to (M, ...)."""
+        rows = hyper.flatten(0, 1)
+        return rows if self.num_hyper == len(rows) else rows.index_select(0, self.hyper_at)
+
     def unpack(self, hyper: Tensor, local: Tensor, num_local: int | None = None) -> tuple[Tensor, Tensor]:
         """(M, D) and (P, D) to (B, N, D) and the first `num_local` of (B, L, D); what stands at padding is
         finite and means nothing."""
-        padded = []
-        for packed, row in ((hyper, self.hyper_row), (local, self.local_row[:, :num_local])):
-            padded.append(packed.index_select(0, row.flatten()).unflatten(0, row.shape))
-        return padded[0], padded[1]
+        row = self.local_row[:, :num_local]
+        return self.rows_of_hyper(hyper), local.index_select(0, row.flatten()).unflatten(0, row.shape)
 
 
 def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> Packing:
@@ -143,15 +152,14 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
         project(hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]), dim=1
     )
     batch, num_hyper = packing.hyper_row.shape
-    dense = of_hyper.index_select(0, packing.hyper_row.flatten()).view(batch, num_hyper, 5, heads, -1)
+    dense = packing.rows_of_hyper(of_hyper).unflatten(3, (heads, -1))  # (B, N, 5, H, D/H)
     queries, keys, values = dense[:, :, :3].permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
     z_hyper = torch.zeros_like(queries)
     if "h2h" not in attention.without:
         z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
-    z_hyper = z_hyper.transpose(1, 2).flatten(2).flatten(0, 1)
+    z_hyper = z_hyper.transpose(1, 2).reshape(batch * num_hyper, -1)
 
     counts = [count for count, _ in packing.groups]
-    read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper)  # (S, N, 2, H, D/H)
     asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
     reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
     absorbed, constant = absorb(asks, key["h2l"])
@@ -160,11 +168,14 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     work = batch * num_hyper * (x.shape[1] + packing.local_row.shape[1] * heads)  # of absorbing, over D
     dense_l2h = l2h and work < LESS * len(local) * x.shape[1] and packing.private is None
     of_local = project(local, *maps, *([query["l2h"]] if l2h and not dense_l2h else []))
+    read = [dense] * len(counts)  # not looked at where L2H is absorbed or left out
+    if len(of_local) > len(maps):
+        read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper).split(counts)  # (S, N, 2, H, D/H)
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []
     for (*parts, tokens), of_hypers, asked, offset, mask, (count, length) in zip(
         by_group,
-        read.split(counts),
+        read,
         absorbed.split(counts),
         constant.split(counts),
         reads.split(counts),
@@ -190,7 +201,7 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     if dense_l2h:
         values, keys = dense[:, :, 2:4].unbind(2)
         of_owners = of_owners + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
-    return torch.cat([z_hyper.index_select(0, packing.hyper_at), of_owners])
+    return torch.cat([packing.of_rows(z_hyper.unflatten(0, (batch, num_hyper))), of_owners])
 
 
 def local_to_hyper(

@@ -20,13 +20,16 @@ MAX_BYTES = 2048
 ATTRIBUTES = ("Brand", "Shape", "Color", "Type")  # of the paper's Table 2: kept first
 ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
+SPEED = ("compile",)  # settings of training that change how fast it is, and nothing else
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 
 
 def settings_digest(corpus: str, model: str) -> str:
-    """Of the resolved settings that a cell's numbers depend on; not of code, which `commit` tells."""
+    """Of the resolved settings that the numbers of a cell depend on; not of code, which `commit` tells."""
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
+    if "train" in cell:
+        cell["train"] = {name: value for name, value in cell["train"].items() if name not in SPEED}
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
     return digest([cell, stages])[:16]

@@ -205,6 +205,9 @@ class Model(PreTrainedModel):
             model.measure_regions(questions)
         return model, processor
 
+    def compile_dense(self) -> None:
+        self.encoder.compile_dense()
+
     @torch.no_grad()
     def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:
         """Word and position embeddings from a checkpoint, by word; with `layers` its layers too.

@@ -1,5 +1,8 @@
 """The packed encoder: where tokens stand, and that it computes what the reference computes."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +118,28 @@ def test_the_last_layer_may_leave_out_what_nobody_asks_for():
     some = torch.cat(packed_encoder(encoder, hyper, local, packing, keep))
     torch.testing.assert_close(some[keep], whole[keep])
     assert not some[~keep].any()
+
+
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
+    """By AOTAutograd without code generation: what is compiled when is decided before it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    encoder = Encoder(**SIZES | {"num_layers": 3})
+    compiled = copy.deepcopy(encoder)
+    compiled.compile_dense()
+    batches = [[[2, 0, 3], [1, 4]], [[5, 5]], [[1], [2, 2, 2, 2], [0, 1]]]
+    for number, counts in enumerate(batches):
+        hyper_mask, segment = padded(counts, generator)
+        packing = pack(hyper_mask, segment)
+        hyper = torch.randn(packing.num_hyper, 8, generator=generator, requires_grad=True)
+        local = torch.randn(len(packing.local_at), 8, generator=generator)
+        found = []
+        for one in (encoder, compiled):
+            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+                encoded = torch.cat(packed_encoder(one, hyper, local, packing))
+            found.append((encoded, *torch.autograd.grad(encoded.pow(2).sum(), [hyper, *one.parameters()])))
+        torch.testing.assert_close(found[1], found[0])
 
 
 def test_unpacking_fewer_local_tokens_gives_the_first_ones():

@@ -81,6 +81,20 @@ def test_the_settings_digest_follows_settings_and_not_code(project):
     assert settings_digest("mine", "pam") not in (before, after)
 
 
+def test_the_settings_digest_does_not_follow_what_changes_the_speed_alone(project):
+    path = project / "config" / "mine" / "models" / "pam.json"
+    digests = []
+    for train in (
+        {"epochs": 2},
+        {"epochs": 2, "compile": False},
+        {"epochs": 2, "compile": True},
+        {"epochs": 3},
+    ):
+        path.write_text(json.dumps({"train": train}))
+        digests.append(settings_digest("mine", "pam"))
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
 def test_a_result_of_other_settings_is_not_current(project):
     one = json.loads(keep("mine", "pam", 0, whole(), SIZES).read_text())
     assert results.is_current(one)
