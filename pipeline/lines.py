@@ -2,7 +2,6 @@
 
 import json
 import queue
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -16,10 +15,9 @@ from isal import igzip, isal_zlib
 from pipeline import progress
 from pipeline.tally import Tally
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18  # so that what one thread unzips is still in the cache when another looks at it
 MAX_LINE_BYTES = 64 << 20
-AHEAD_WAIT_S = 2e-4  # for the lock between two blocks; Python's 5 ms would halve the rate
-AHEAD = 4  # blocks that are unzipped while others are worked on
+AHEAD = 8  # blocks that are unzipped while others are worked on
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
@@ -124,37 +122,30 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
 
 def _ahead(blocks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
     """The same blocks, made by a thread meanwhile: unzipping does not hold the interpreter's lock."""
-    made: queue.Queue[bytes | BaseException | None] = queue.Queue(AHEAD)
-    over = threading.Event()
-
-    def put(item: bytes | BaseException | None) -> None:
-        while not over.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    made: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
+    places: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: nobody wants more
+    for _ in range(AHEAD):
+        places.put(True)
 
     def make() -> None:
         try:
             with closing(blocks):
                 for block in blocks:
-                    put(block)
-                    if over.is_set():
+                    if not places.get():
                         return
-            put(None)
+                    made.put(block)
+            made.put(None)
         except BaseException as error:  # noqa: BLE001 - raised where the blocks are wanted
-            put(error)
+            made.put(error)
 
     thread = threading.Thread(target=make, daemon=True)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(AHEAD_WAIT_S)
     thread.start()
     try:
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            places.put(True)
     finally:
-        over.set()
+        places.put(False)
         thread.join()
-        sys.setswitchinterval(interval)
