@@ -1,13 +1,16 @@
 """The packed encoder: where tokens stand, and that it computes what the reference computes."""
 
 import copy
+import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model.packed
 from model.encoder import Encoder, StructuredAttention
 from model.packed import LESS, LONG, pack, packed_encoder
 
@@ -44,15 +47,16 @@ def test_the_packing_of_two_rows_is_this():
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     batches,
     st.integers(0, 2**31),
     st.booleans(),
     st.sets(st.sampled_from(StructuredAttention.patterns)),
     st.booleans(),
+    st.booleans(),
 )
-def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, without, shared):
+def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, without, shared, absorbed):
     generator = torch.Generator().manual_seed(seed)
     hyper_mask, segment = padded(batch, generator)
     private = torch.rand(hyper_mask.shape, generator=generator) < 0.5 if joint else None
@@ -68,11 +72,12 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, wi
 
     def packed():
         rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
-        return packing.unpack(*packed_encoder(encoder, *rows, packing))
+        with mock.patch.object(model.packed, "LESS", math.inf if absorbed else 0):
+            return packing.unpack(*packed_encoder(encoder, *rows, packing))
 
     found = []
-    for form in (reference, packed):
-        outputs = form()
+    for way in (reference, packed):
+        outputs = way()
         real = [outputs[0][hyper_mask], outputs[1][segment >= 0]]
         loss = (outputs[0] * weights[0])[hyper_mask].sum() + (outputs[1] * weights[1])[segment >= 0].sum()
         inputs = [hyper, local, *encoder.parameters()]
