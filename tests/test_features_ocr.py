@@ -26,6 +26,9 @@ from pipeline import pictures, sample, schema, shards
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
 
 
+CORNERS = [[10, 10], [60, 10], [60, 30], [10, 30]]
+
+
 @pytest.fixture(scope="session")
 def label() -> tuple[Image.Image, dict[str, tuple[int, int, int, int]]]:
     """A label of three words, two of them in one row, and the boxes their ink fills."""
@@ -265,6 +268,22 @@ def test_fast_mode_tells_how_far_it_agrees_with_exact(label):
     assert told["lines"] == 6
     assert told["share_of_lines_found"] == told["share_of_characters_right"] == 1
     assert ocr.agreement_with_exact(Counter()) == {}
+
+
+def test_fast_mode_reads_what_is_hard_exactly_and_says_how_often(label, monkeypatch):
+    fast = ocr.make_worker(ocr.Settings(canvas_px=400, mode="fast", check_every=0))
+    monkeypatch.setattr(fast, "exact", lambda pictures: [[(CORNERS, "exactly", 1.0)] for _ in pictures])
+    rows = [row(encoded(label[0])), row(encoded(Image.new("RGB", (400, 240), "white")))]
+    *made, counts = fast(rows)
+    assert [len(one["lines"]) for one in made] == [3, 0]
+    assert ocr.agreement_with_exact(counts) == {}
+    monkeypatch.setattr(ocr, "UNSURE", 1.1)  # whatever is read is unsure
+    for many, words, hard in ((17, ["ORGANIC", "COTTON", "SOAP"], {}), (16, ["exactly"], {"hard": 1})):
+        monkeypatch.setattr(ocr, "MANY_CHARACTERS", many)
+        first, second, counts = fast(rows)
+        assert [line["text"] for line in first["lines"]] == words
+        assert second["lines"] == []
+        assert ocr.agreement_with_exact(counts) == hard
 
 
 def test_fast_mode_says_with_which_precision_it_ran(monkeypatch):
