@@ -147,8 +147,8 @@ def without_start_up(done: Run) -> Run:
     return replace(done, seconds=seconds, cpu_s=cpu_s)
 
 
-def best(once: Callable[[], Run], turns: int = 5) -> Run:
-    """The fastest of some runs: each takes half a second, and other work on the machine only adds to it."""
+def best(once: Callable[[], Run], turns: int = 3) -> Run:
+    """The fastest of some runs: other work on the machine only adds to what one takes."""
     return min((once() for _ in range(turns)), key=lambda done: done.seconds)
 
 
@@ -186,9 +186,7 @@ def beside_beam(folder: Path, num_lines: int) -> None:
     ours = best(lambda: our_join(source, labels, folder / "ours.jsonl"))
     show("ours", ours, size, num_lines)
     if peer_or_say_how(python := PEERS / "bin/python"):
-        beam = best(
-            lambda: without_start_up(run(python, BEAM, source, labels, folder / "beam.jsonl")), turns=2
-        )
+        beam = best(lambda: without_start_up(run(python, BEAM, source, labels, folder / "beam.jsonl")))
         show("Beam and Beautiful Soup", beam, size, num_lines)
         assert by_id(folder / "ours.jsonl") == by_id(folder / "beam.jsonl"), "the outputs differ"
         print(

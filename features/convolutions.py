@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,17 +66,19 @@ class Halved(nn.Module):
 
 
 class Joined(nn.Module):
-    """A 1 x 1 convolution over `x`, enlarged, and `skip` side by side, which are never put side by side.
+    """A 1 x 1 convolution and ReLU over `x`, enlarged, and `skip` side by side, where they never are put.
 
-    Enlarging is linear and its weights sum to one, so that `x` is convolved while it is small.
+    Enlarging is linear, so that `x` is convolved while it is small.
     """
 
     def __init__(self, over_both: Convolution, num_skip: int) -> None:
         super().__init__()
-        weight = over_both.weight
+        assert over_both.relu
+        assert over_both.weight.shape[2:] == (1, 1)
         self.of_x, self.of_skip = copy.deepcopy(over_both), copy.deepcopy(over_both)
-        for part, columns in ((self.of_x, np.s_[:-num_skip]), (self.of_skip, np.s_[-num_skip:])):
-            mine = weight[:, columns].contiguous(memory_format=torch.channels_last)
+        weights = over_both.weight.split([over_both.weight.shape[1] - num_skip, num_skip], dim=1)
+        for part, weight in zip((self.of_x, self.of_skip), weights, strict=True):
+            mine = weight.contiguous(memory_format=torch.channels_last)
             part.weight, part.relu = nn.Parameter(mine, requires_grad=False), False
         nn.init.zeros_(self.of_x.bias)
 
@@ -105,7 +106,8 @@ class Bottleneck(nn.Module):
 
 
 def _halves(pool: nn.MaxPool2d) -> bool:
-    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (2, 2, 0, 1, False)
+    asked = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    return asked == (2, 2, 0, 1, False, False)
 
 
 def fused(layers: Iterable[nn.Module]) -> nn.Sequential:

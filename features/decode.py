@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from features.memory import give_back
 from pipeline import pictures
 from pipeline.reading import Rows
 
@@ -30,11 +31,13 @@ def groups(rows: Rows, *, grey: bool = False) -> Iterator[list[Decoded]]:
         size = 0 if decoded.rgb is None else decoded.rgb.size // 3
         if group and (len(group) == TOGETHER or pixels + size > TOGETHER_PIXELS):
             yield group
+            give_back()
             group, pixels = [], 0
         group.append(decoded)
         pixels += size
     if group:
         yield group
+        give_back()
 
 
 def _decoded(row: dict, grey: bool) -> Decoded:

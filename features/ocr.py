@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 
 from features.decode import batches, groups
 from features.lines import Line, agreement, lines_in_order, shares
+from features.memory import keep_freed
 from pipeline import params, schema, shards
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from features.craft import TextMaps
-    from features.decode import Decoded
     from features.recogniser import Found
 
     Picture = tuple[np.ndarray, np.ndarray]  # (height, width, 3) RGB and (height, width) grey, uint8
@@ -192,59 +192,56 @@ class Work:
 
     def __call__(self, rows: shards.Rows) -> Iterator[dict[str, Any] | Counter[str]]:
         counts: Counter[str] = Counter()
-        num_read = 0
         for group in groups(rows, grey=True):
-            usable = [one for one in group if one.status == "ok"]
-            read = iter(self._lines(self.engine, [(one.rgb, one.grey) for one in usable]))  # type: ignore[misc]
+            usable: Sequence[Picture] = [(one.rgb, one.grey) for one in group if one.status == "ok"]  # type: ignore[misc]
+            read = iter(zip(usable, self.engine(usable), strict=True))
             for one in group:
                 if one.status != "ok":
                     yield {"asin": one.asin, "status": one.status, "lines": []}
                     continue
-                lines = next(read)
+                picture, found = next(read)
                 if self.exact is not None:
-                    every = self.settings.check_every
-                    lines, seen = self._made_sure(one, lines, check=bool(every) and num_read % every == 0)
-                    counts += seen
-                num_read += 1
+                    found = self._made_sure(picture, found, counts)
+                lines = self._lines(picture, found)
                 columns = [
                     {"text": line.text, "confidence": line.confidence, "quad": line.quad} for line in lines
                 ]
                 yield {"asin": one.asin, "status": "ok" if lines else "no_text", "lines": columns}
         yield counts
 
-    def _made_sure(
-        self, one: "Decoded", lines: list[Line], *, check: bool
-    ) -> tuple[list[Line], Counter[str]]:
-        """The lines, read exactly where they are hard, and what was counted."""
+    def _made_sure(self, picture: "Picture", found: "list[Found]", counts: Counter[str]) -> "list[Found]":
+        """What was found, or where that is hard what is found exactly; counts it, and how far both agree."""
         assert self.exact is not None
-        if not check and not is_hard(lines):
-            return lines, Counter()
-        [exactly] = self._lines(self.exact, [(one.rgb, one.grey)])  # type: ignore[list-item]
-        counts = Counter(hard=int(is_hard(lines)))
-        if counts["hard"]:
-            lines = exactly
-        return lines, counts + agreement(exactly, lines) if check else counts
+        every = self.settings.check_every
+        is_checked = bool(every) and counts["read"] % every == 0
+        hard = self.engine is not self.exact and is_hard(found)
+        counts.update(read=1, hard=int(hard))
+        if hard or is_checked:
+            [exactly] = self.exact([picture])
+            found = exactly if hard else found
+            if is_checked:
+                counts.update(agreement(self._lines(picture, exactly), self._lines(picture, found)))
+        return found
 
-    def _lines(self, engine: "Engine", usable: "Sequence[Picture]") -> list[list[Line]]:
-        return [
-            lines_in_order(
-                found, height=grey.shape[0], width=grey.shape[1], min_confidence=self.settings.min_confidence
-            )
-            for (_, grey), found in zip(usable, engine(usable), strict=True)
-        ]
+    def _lines(self, picture: "Picture", found: "list[Found]") -> list[Line]:
+        height, width = picture[1].shape
+        return lines_in_order(found, height=height, width=width, min_confidence=self.settings.min_confidence)
 
 
-def is_hard(lines: Sequence[Line]) -> bool:
-    return sum(len(line.text) for line in lines if line.confidence < UNSURE) > MANY_CHARACTERS
+def is_hard(found: "Sequence[Found]") -> bool:
+    return sum(len(text) for _, text, confidence in found if confidence < UNSURE) > MANY_CHARACTERS
 
 
 def make_worker(settings: Settings) -> Work:
+    """For a process that does nothing else; `open_work` is for one that does."""
+    keep_freed()
+    return open_work(settings)
+
+
+def open_work(settings: Settings) -> Work:
     import cv2
     import torch
 
-    from features.memory import keep_freed
-
-    keep_freed()
     torch.set_num_threads(settings.threads)
     cv2.setNumThreads(settings.threads)
     if settings.engine == "rapidocr":
@@ -270,7 +267,9 @@ def open_easyocr(settings: Settings) -> Work:
     exact = engine(torch.float32)
     if settings.mode == "exact":
         return Work(exact, None, settings)
-    return Work(engine(getattr(torch, fast_precision(settings.device))), exact, settings)
+    precision = fast_precision(settings.device)
+    fast = exact if precision == "float32" else engine(getattr(torch, precision))
+    return Work(fast, exact, settings)
 
 
 def fast_precision(device: str) -> str:
@@ -309,9 +308,11 @@ def job(corpus: str, settings: Settings) -> shards.Job:
 
 
 def agreement_with_exact(counts: Counter[str]) -> dict[str, Any]:
-    compared = shares(Counter({name: count for name, count in counts.items() if name != "hard"}))
-    told = {"agreement_with_exact": compared} if compared else {}
-    return told | {"hard": counts["hard"]} if told or counts["hard"] else {}
+    """Of mode fast: how many pictures were hard, and how far those that were checked agree."""
+    if not counts["read"]:
+        return {}
+    compared = shares(counts - Counter(read=counts["read"], hard=counts["hard"]))
+    return {"hard": counts["hard"], **({"agreement_with_exact": compared} if compared else {})}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from features.decode import batches, groups
+from features.memory import keep_freed
 from pipeline import params, schema, shards
 
 if TYPE_CHECKING:
@@ -67,11 +68,14 @@ class Settings(params.Settings):
 
 
 def make_worker(settings: Settings) -> "Work":
+    """For a process that does nothing else; `open_work` is for one that does."""
+    keep_freed()
+    return open_work(settings)
+
+
+def open_work(settings: Settings) -> "Work":
     import torch
 
-    from features.memory import keep_freed
-
-    keep_freed()
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("regions.device is cuda, and torch sees no GPU")
     torch.set_num_threads(settings.threads)

@@ -114,11 +114,11 @@ class Seen:
         if looks["ocr"]:
             from features import ocr
 
-            self.ocr = ocr.make_worker(ocr.Settings.model_validate(here(provenance["ocr"])))
+            self.ocr = ocr.open_work(ocr.Settings.model_validate(here(provenance["ocr"])))
         if looks["image"]:
             from features import regions
 
-            self.regions = regions.make_worker(regions.Settings.model_validate(here(provenance["regions"])))
+            self.regions = regions.open_work(regions.Settings.model_validate(here(provenance["regions"])))
 
     def of(self, lines: Sequence[Line], folder: Path | None = None) -> list[tuple[str, dict[str, Any]]]:
         """Per line the status of its picture, and the fields of `Product` that come from it.

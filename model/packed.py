@@ -167,9 +167,10 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     l2h = "l2h" not in attention.without
     work = batch * num_hyper * (x.shape[1] + packing.local_row.shape[1] * heads)  # of absorbing, over D
     dense_l2h = l2h and work < LESS * len(local) * x.shape[1] and packing.private is None
-    of_local = project(local, *maps, *([query["l2h"]] if l2h and not dense_l2h else []))
-    read = [dense] * len(counts)  # not looked at where L2H is absorbed or left out
-    if len(of_local) > len(maps):
+    l2h_by_group = l2h and not dense_l2h
+    of_local = project(local, *maps, *([query["l2h"]] if l2h_by_group else []))
+    read = [dense] * len(counts)
+    if l2h_by_group:
         read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper).split(counts)  # (S, N, 2, H, D/H)
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []

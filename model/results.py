@@ -20,7 +20,7 @@ MAX_BYTES = 2048
 ATTRIBUTES = ("Brand", "Shape", "Color", "Type")  # of the paper's Table 2: kept first
 ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
-SPEED = ("compile",)  # settings of training that change how fast it is, and nothing else
+YOUNG = ("compile", False)  # a setting younger than the first kept results, and what they were made with
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 
 
@@ -28,8 +28,8 @@ def settings_digest(corpus: str, model: str) -> str:
     """Of the resolved settings that the numbers of a cell depend on; not of code, which `commit` tells."""
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
-    if "train" in cell:
-        cell["train"] = {name: value for name, value in cell["train"].items() if name not in SPEED}
+    if "settings" in cell:
+        cell["settings"] = {name: value for name, value in cell["settings"].items() if (name, value) != YOUNG}
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
     return digest([cell, stages])[:16]

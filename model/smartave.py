@@ -58,6 +58,7 @@ class Settings(params.Settings):
     alpha: float = Field(0.6, ge=0)
     joint: bool = False  # all attributes of a product in one pass; the paper asks one by one
     packed: bool = True  # false: the encoder in reference form, the same numbers slower
+    compile: bool = False  # the dense part of layers by torch.compile: half a minute, up to three times
     without_texts: tuple[TextKind, ...] = ()  # Figure 3: kinds of paragraphs the model does not see
     without_patterns: tuple[Pattern, ...] = ()  # Figure 4: attention patterns left out
     shared_query_key: bool = False  # Table 3: one Q and one K for the four patterns
@@ -188,7 +189,7 @@ class Model(PreTrainedModel):
             joint=settings.joint,
             without=settings.without_texts,
         )
-        seen = {"image", "ocr", "without_texts"}
+        seen = {"image", "ocr", "without_texts", "compile"}
         names = set(Settings.model_fields) - seen - {"pretrained", "pretrained_layers", "tokenizer"}
         config = Config(
             vocab_size=len(tokenizer),
@@ -203,10 +204,9 @@ class Model(PreTrainedModel):
             model.load_pretrained(path, layers=settings.pretrained_layers, tokenizer=tokenizer)
         if settings.image:
             model.measure_regions(questions)
+        if settings.compile:
+            model.encoder.compile_dense()
         return model, processor
-
-    def compile_dense(self) -> None:
-        self.encoder.compile_dense()
 
     @torch.no_grad()
     def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -50,7 +50,6 @@ class Settings(params.Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = Field(1, ge=1)  # parts that a batch is computed in; divides batch_size
-    compile: bool = False  # dense parts by torch.compile: one to three times half a minute, then never again
     evaluations: int = Field(5, ge=1)  # how often, evenly, the validation split is looked at
 
 
@@ -217,14 +216,10 @@ def fit(
     import transformers
 
     architecture = importlib.import_module(cell.architecture)
-    if cell.train.compile and not hasattr(architecture.Model, "compile_dense"):
-        raise ValueError(f"train.compile: {cell.architecture} has nothing that is compiled")
     settings = architecture.Settings.model_validate(cell.settings)
     transformers.set_seed(seed)
     width = next((q.product.regions.shape[1] for q in training if q.product.regions is not None), 1)
     model, processor = architecture.Model.start(settings, training, width)
-    if cell.train.compile:
-        model.compile_dense()
 
     class Rows(torch.utils.data.Dataset):
         def __init__(self, asked: Sequence[Question]) -> None:

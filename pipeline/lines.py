@@ -55,7 +55,7 @@ def numbered(
                 elif rest:
                     line = b"".join([*rest, block[:end]])
                     rest = []
-                    if is_wanted(line, 0, len(line)) and is_usable(line):
+                    if is_usable(line) and is_wanted(line, 0, len(line)):
                         yield number, line
                 elif is_wanted(block, begin, end) and is_usable(line := block[begin:end]):
                     yield number, line

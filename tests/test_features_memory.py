@@ -5,13 +5,14 @@ import sys
 import pytest
 
 GROW_AND_FREE = """
+import resource
 import sys
 import torch
-from features.memory import keep_freed
+from features.memory import give_back, keep_freed
 
 def resident_mib():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 if sys.argv[1] == "keep":
     keep_freed()
@@ -19,7 +20,9 @@ before = resident_mib()
 large = torch.ones(80 * 2**18)  # 80 MiB
 grown = resident_mib()
 del large
-print(grown - before, resident_mib() - before)
+left = resident_mib()
+give_back()
+print(grown - before, left - before, resident_mib() - before)
 """
 
 
@@ -35,9 +38,10 @@ def grown_and_left(way: str) -> list[float]:
     reason="only glibc is asked to keep memory",
 )
 def test_freed_memory_is_kept_where_it_is_asked_for():
-    grown, left = grown_and_left("keep")
+    grown, left, given_back = grown_and_left("keep")
     assert grown > 70
     assert left > 70
-    grown, left = grown_and_left("as it is")
+    assert given_back < 20
+    grown, left, _ = grown_and_left("as it is")
     assert grown > 70
     assert left < 20

@@ -49,7 +49,7 @@ def settings() -> ocr.Settings:
 
 @pytest.fixture(scope="session")
 def work(settings: ocr.Settings) -> ocr.Work:
-    return ocr.make_worker(settings)
+    return ocr.open_work(settings)
 
 
 @pytest.fixture(scope="session")
@@ -259,31 +259,50 @@ def test_shrinking_keeps_the_grey_that_a_jpeg_stores(label, tmp_path):
 
 
 def test_fast_mode_tells_how_far_it_agrees_with_exact(label):
-    fast = ocr.make_worker(ocr.Settings(canvas_px=400, mode="fast", check_every=2))
+    fast = ocr.open_work(ocr.Settings(canvas_px=400, mode="fast", check_every=2))
     rows = [row(encoded(label[0])), row(encoded(label[0].rotate(180))), row(None, "missing")]
     *made, counts = fast([*rows, row(encoded(label[0]))])
     assert [one["status"] for one in made] == ["ok", made[1]["status"], "missing", "ok"]
     assert counts["pictures"] == 2  # the first and the third of those that there are
     told = ocr.agreement_with_exact(counts)["agreement_with_exact"]
     assert told["lines"] == 6
+    assert "read" not in told
     assert told["share_of_lines_found"] == told["share_of_characters_right"] == 1
     assert ocr.agreement_with_exact(Counter()) == {}
 
 
 def test_fast_mode_reads_what_is_hard_exactly_and_says_how_often(label, monkeypatch):
-    fast = ocr.make_worker(ocr.Settings(canvas_px=400, mode="fast", check_every=0))
+    fast = ocr.open_work(ocr.Settings(canvas_px=400, mode="fast", check_every=0))
     monkeypatch.setattr(fast, "exact", lambda pictures: [[(CORNERS, "exactly", 1.0)] for _ in pictures])
     rows = [row(encoded(label[0])), row(encoded(Image.new("RGB", (400, 240), "white")))]
     *made, counts = fast(rows)
     assert [len(one["lines"]) for one in made] == [3, 0]
-    assert ocr.agreement_with_exact(counts) == {}
+    assert ocr.agreement_with_exact(counts) == {"hard": 0}
     monkeypatch.setattr(ocr, "UNSURE", 1.1)  # whatever is read is unsure
-    for many, words, hard in ((17, ["ORGANIC", "COTTON", "SOAP"], {}), (16, ["exactly"], {"hard": 1})):
+    for many, words, hard in ((17, ["ORGANIC", "COTTON", "SOAP"], 0), (16, ["exactly"], 1)):
         monkeypatch.setattr(ocr, "MANY_CHARACTERS", many)
         first, second, counts = fast(rows)
         assert [line["text"] for line in first["lines"]] == words
         assert second["lines"] == []
-        assert ocr.agreement_with_exact(counts) == hard
+        assert ocr.agreement_with_exact(counts) == {"hard": hard}
+    monkeypatch.setattr(
+        fast, "settings", fast.settings.model_copy(update={"min_confidence": 1.0, "check_every": 1})
+    )
+    first, _, counts = fast(rows)  # lines that are left out are unsure all the same
+    assert [line["text"] for line in first["lines"]] == ["exactly"]
+    told = ocr.agreement_with_exact(counts)
+    compared = told["agreement_with_exact"]
+    assert (told["hard"], compared["lines"], compared["lines_found"]) == (1, 2, 1)
+
+
+def test_where_fast_is_exact_nothing_is_hard(label, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(ocr, "UNSURE", 1.1)
+    monkeypatch.setattr(ocr, "MANY_CHARACTERS", 1)
+    fast = ocr.open_work(ocr.Settings(canvas_px=400, mode="fast"))
+    assert fast.engine is fast.exact
+    *_, counts = fast([row(encoded(label[0]))])
+    assert ocr.agreement_with_exact(counts)["hard"] == 0
 
 
 def test_fast_mode_says_with_which_precision_it_ran(monkeypatch):
@@ -306,7 +325,7 @@ def test_what_rapidocr_does_not_know_is_refused(given):
 
 
 def test_rapidocr_reads_english_and_chinese_with_the_models_of_its_package(label):
-    rapid = ocr.make_worker(ocr.Settings(engine="rapidocr", canvas_px=400))
+    rapid = ocr.open_work(ocr.Settings(engine="rapidocr", canvas_px=400))
     [read] = rows_of(rapid, [row(encoded(label[0]))])
     assert [line["text"] for line in read["lines"]] == ["ORGANIC", "COTTON", "SOAP"]
     for line in read["lines"]:

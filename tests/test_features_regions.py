@@ -30,7 +30,7 @@ def drawn(rgb: tuple[int, int, int] = (180, 40, 40)) -> bytes:
 
 @pytest.fixture(scope="session")
 def work() -> regions.Work:
-    return regions.make_worker(regions.Settings(**SMALL, grid=True, check_every=2))
+    return regions.open_work(regions.Settings(**SMALL, grid=True, check_every=2))
 
 
 @pytest.fixture(scope="session")
@@ -105,14 +105,14 @@ def test_pictures_of_one_shape_are_seen_together_and_as_each_alone(work, monkeyp
 @pytest.mark.parametrize(("precision", "least"), [("float32", 0.999999), ("bfloat16", 0.999)])
 def test_a_faster_detector_is_close_to_the_reference_and_says_how_close(variant, precision, least):
     settings = regions.Settings(**SMALL, variant=variant, precision=precision, check_every=2)
-    work = regions.make_worker(settings)
+    work = regions.open_work(settings)
     *made, counts = work([row(drawn()), row(drawn((30, 60, 200))), row(drawn((20, 160, 40)))])
     assert counts["pictures"] == 2
     told = regions.cosine_to_reference(counts)["cosine_to_reference"]
     assert told["regions"] == 10
     assert told["below_0.999"] == 0
     assert least <= told["mean"] <= 1 + 1e-6
-    plain = regions.make_worker(settings.model_copy(update={"precision": "reference"}))
+    plain = regions.open_work(settings.model_copy(update={"precision": "reference"}))
     assert plain.reference is None
     reference = rows_of(plain, [row(drawn())])[0]
     if precision == "float32":
@@ -173,7 +173,7 @@ def test_detectron2_that_is_not_there_says_how_to_get_it(tmp_path):
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"regions.device is cuda, and torch sees no GPU"):
-        regions.make_worker(regions.Settings(device="cuda"))
+        regions.open_work(regions.Settings(device="cuda"))
 
 
 def test_whatever_changes_a_byte_changes_the_fingerprint(monkeypatch, tmp_path):

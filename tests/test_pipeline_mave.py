@@ -3,6 +3,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +175,27 @@ def test_lines_that_nobody_wants_are_passed_over_wherever_blocks_end(
         return not block.startswith(b"-", begin, end)
 
     assert list(lines.numbered(path, tally, is_wanted)) == [(1, b"+one"), (6, b"+" * 9), (9, b"+last")]
-    assert set(asked) - {b""} == {b"+one", b"-two", b"-", b"+" * 9, b"  ", b"-no", b"+last"}
+    assert set(asked) - {b"", b"  "} == {b"+one", b"-two", b"-", b"+" * 9, b"-no", b"+last"}
     assert tally.examples == {"line too long": ["m.jsonl:4"]}
+
+
+def test_who_stops_reading_a_gzip_early_leaves_no_thread_that_unzips_the_rest(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(10_000))))
+    before, made = threading.active_count(), []
+    monkeypatch.setattr(lines, "_blocks", lambda path, all_of=lines._blocks: noted(all_of(path), made))
+    reading = lines.numbered(path, Tally())
+    assert next(reading) == (1, b"%030d" % 0)
+    reading.close()
+    assert threading.active_count() == before
+    assert 0 < len(made) <= 2 * lines.AHEAD + 2
+
+
+def noted(blocks: Iterator[bytes], made: list[bytes]) -> Iterator[bytes]:
+    for block in blocks:
+        made.append(block)
+        yield block
 
 
 def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> None:
