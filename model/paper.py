@@ -442,11 +442,14 @@ def statistics_table(corpus: str) -> Table:
 def bar_figure(
     results: Results, corpora: Sequence[str], models: Sequence[tuple[str, str]], title: str
 ) -> str:
-    """Figures 3 and 4: one bar per variant and corpus; "" where none ran."""
+    """Figures 3 and 4: one bar per variant, for the corpora where a variant ran; "" where none did."""
+    varied = [
+        corpus
+        for corpus in corpora
+        if any(of(results, corpus, model) for _, model in models if model != OURS)
+    ]
     groups = {
-        label: {
-            corpus: 100 * statistics.fmean(f1) for corpus in corpora if (f1 := of(results, corpus, model))
-        }
+        label: {corpus: 100 * statistics.fmean(f1) for corpus in varied if (f1 := of(results, corpus, model))}
         for label, model in models
     }
     groups = {label: one for label, one in groups.items() if one}

@@ -145,9 +145,17 @@ def test_every_table_and_figure_of_the_paper_is_there(found):
     assert all(f"Table {number}" in titles for number in (1, 2, 3, 7))
     assert "in no text, mine" in titles  # it has visible values
     assert [title[:8] for title, _, _ in figures] == ["Figure 3", "Figure 4", "Figure 5", "Figure 6"]
-    assert "<svg" in figures[0][2]
     for title, _, table in tables:
         assert all(len(row) == len(table.head) for row in table.rows), title
+
+
+def test_a_figure_of_variants_shows_the_corpora_where_one_ran(project, found):
+    assert paper.bar_figure(found, ["mine", "mave"], paper.FIGURE_3, "Figure 3") == ""
+    (project / "config" / "mine" / "models" / "smartave-no-ocr.json").write_text("{}")
+    keep("mine", "smartave-no-ocr", 0, whole(0.5), SIZES)
+    drawn = paper.bar_figure(paper.gather(results.cells(), {}), ["mine", "mave"], paper.FIGURE_3, "Figure 3")
+    assert all(label in drawn for label in ("<svg", "mine", "w/o OCR", "50.0", "all", "85.0"))
+    assert "mave" not in drawn
 
 
 def test_the_paper_s_own_table_two_is_whole():
