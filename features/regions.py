@@ -7,8 +7,9 @@ features are float16, little-endian, 2048 (`c4`) or 1024 (`fpn`) wide. Boxes are
 as `pipeline.pictures` decodes it. Statuses: `ok`, `undecodable`, or the image's own where there is no
 image. `weights` is `random` (seeded) or a .safetensors made by `python -m features.convert`.
 `precision` says how the torchvision backend computes: `reference` as PyTorch does by itself, `float32` the
-same numbers up to rounding and faster, `bfloat16` less exact and faster still. Every `check_every`-th
-picture's features are computed by `reference` as well, and the stage's metrics tell their cosine.
+same numbers up to rounding and faster, `bfloat16` less exact and faster still, `compiled` by torch.compile
+(half a minute for each shape of picture, so for pictures of few shapes). Every `check_every`-th picture's
+features are computed by `reference` as well, and the stage's metrics tell their cosine.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class Settings(params.Settings):
     max_boxes: int = Field(36, ge=1, le=100)  # besides the whole picture
     nms_iou: float = Field(0.5, gt=0, le=1)  # of two boxes that overlap more, the better one stays
     min_score: float = Field(0.2, ge=0, le=1)  # of a class; random weights know no classes
-    precision: Literal["reference", "float32", "bfloat16"] = "float32"
+    precision: Literal["reference", "float32", "bfloat16", "compiled"] = "float32"
     check_every: int = Field(16, ge=0)  # pictures of a shard of which one is compared with `reference`
     grid: bool = False  # also the 7x7 cells of res5 over the whole picture, 49 x 2048
     device: Literal["cpu", "cuda"] = "cpu"
@@ -82,10 +83,14 @@ def open_work(settings: Settings) -> "Work":
     reference = open_detector(settings)
     if settings.backend == "detectron2" or settings.precision == "reference":
         return Work(reference, None, settings)
-    from features.detector import hastened
+    from features.detector import compiled, hastened
 
-    faster = hastened(cast("Detector", reference), getattr(torch, settings.precision)).to(settings.device)
-    return Work(faster, cast("Detector", reference) if settings.check_every else None, settings)
+    detector = cast("Detector", reference)
+    if settings.precision == "compiled":
+        faster = compiled(detector)
+    else:
+        faster = hastened(detector, getattr(torch, settings.precision)).to(settings.device)
+    return Work(faster, detector if settings.check_every else None, settings)
 
 
 def open_detector(settings: Settings) -> "Detector | Detectron":
