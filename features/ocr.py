@@ -3,10 +3,11 @@
     python -m features.ocr CORPUS
 
 `engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
-canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
-bfloat16 where the processor has it, and reads a picture exactly when much of it came out unsure. Every
-`check_every`-th picture is read exactly as well: the stage's metrics tell how far the two agree, and how many
-were `hard`. `engine: rapidocr` is the other engine, for Chinese and English.
+canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text on a
+smaller canvas (`fast_canvas_px`) and with bfloat16 where the processor has it, and reads a picture exactly
+when much of it came out unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics
+tell how far the two agree, and how many were `hard`. `engine: rapidocr` is the other engine, for Chinese and
+English. `device: auto` is a GPU where there is one; EasyOCR alone knows it.
 
 Quads are in pixels of the picture as `pipeline.pictures` decodes it, texts in NFC, lines in reading order.
 Statuses: `ok`, `no_text`, `undecodable`, or the image's own where there is no image. EasyOCR's other scripts
@@ -26,7 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from features import devices
 from features.decode import batches, groups
+from features.devices import Device
 from features.lines import Line, agreement, lines_in_order, shares
 from features.memory import keep_freed
 from pipeline import params, schema, shards
@@ -55,14 +58,15 @@ class Settings(params.Settings):
     recognizer: str = Field("english_g2", pattern=r"^[a-z_]+_g[12]$")  # one of EasyOCR's own
     weights: str | None = None  # folder with EasyOCR's .pth files; None: the packaged English ones
     canvas_px: int = Field(2560, ge=64, le=4096)  # a longer side is shrunk to this to find text
+    fast_canvas_px: int = Field(1280, ge=64, le=4096)  # in mode fast, where that is less
     min_confidence: float = Field(0.0, ge=0, le=1)
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "auto"  # of easyocr
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _engine_knows(self) -> "Settings":
-        names = ("mode", "languages", "recognizer", "weights", "device")
+        names = ("mode", "fast_canvas_px", "languages", "recognizer", "weights", "device")
         given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         if self.engine == "rapidocr" and given:
             raise ValueError(f"engine rapidocr knows no {', '.join(given)}")
@@ -112,20 +116,18 @@ def _without_pickle() -> Iterator[None]:
 def open_reader(settings: Settings) -> "easyocr.Reader":
     """Raises `ValueError` for missing or altered weights, an unknown language, and `cuda` without a GPU."""
     import easyocr
-    import torch
     from easyocr.config import all_lang_list
     from easyocr.craft import CRAFT
 
     if unknown := sorted(set(settings.languages) - set(all_lang_list)):
         raise ValueError(f"ocr.languages: EasyOCR does not know {', '.join(unknown)}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("ocr.device is cuda, and torch sees no GPU")
+    device = devices.here(settings, "ocr").device
     folder = str(next(iter(weight_files(settings).values())).parent)
     try:
         with _without_pickle():
             reader = easyocr.Reader(
                 list(settings.languages),
-                gpu="cuda" if settings.device == "cuda" else False,
+                gpu="cuda" if device == "cuda" else False,
                 model_storage_directory=folder,
                 user_network_directory=folder,
                 recog_network=settings.recognizer,
@@ -260,28 +262,33 @@ def open_easyocr(settings: Settings) -> Work:
     reader = open_reader(settings)
     craft = getattr(reader.detector, "module", reader.detector)
 
-    def engine(dtype: torch.dtype) -> EasyOcr:  # in bfloat16 the recogniser would lose more than it saves
-        maps = TextMaps(craft, dtype).to(reader.device)
-        return EasyOcr(hastened(reader), maps, settings.canvas_px)
+    def engine(precision: str, canvas_px: int) -> EasyOcr:
+        maps = TextMaps(craft, getattr(torch, precision)).to(reader.device)
+        # The recogniser stays in float32: bfloat16 would cost it more than it saves.
+        return EasyOcr(hastened(reader), maps, canvas_px)
 
-    exact = engine(torch.float32)
+    exactly = ("float32", settings.canvas_px)
+    exact = engine(*exactly)
     if settings.mode == "exact":
         return Work(exact, None, settings)
-    precision = fast_precision(settings.device)
-    fast = exact if precision == "float32" else engine(getattr(torch, precision))
-    return Work(fast, exact, settings)
+    fast = (fast_precision(settings_here(settings).device), min(settings.canvas_px, settings.fast_canvas_px))
+    return Work(exact if fast == exactly else engine(*fast), exact, settings)
 
 
 def fast_precision(device: str) -> str:
-    """`bfloat16` where the processor multiplies it natively, else `float32`."""
-    import torch
+    return "bfloat16" if devices.has_bfloat16(device) else "float32"
 
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+
+def settings_here(settings: Settings) -> Settings:
+    """With the device of this machine; `rapidocr` computes on processors."""
+    if settings.engine == "rapidocr":
+        return settings.model_copy(update={"device": "cpu"})
+    return devices.here(settings, "ocr")
 
 
 def job(corpus: str, settings: Settings) -> shards.Job:
     images = shards.ShardFolder(Path("data") / corpus / "images")
+    settings = settings_here(settings)
     if settings.engine == "rapidocr":
         from features import rapid
 
@@ -302,6 +309,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         weights={name: shards.sha256_of(path) for name, path in files.items()},
         precision=fast_precision(settings.device) if is_fast else "float32",
         threads=settings.threads,
+        max_workers=devices.max_workers(settings.device),
         measures=agreement_with_exact,
         lost={"lines": []},
     )

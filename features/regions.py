@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
+from features import devices
 from features.decode import batches, groups
+from features.devices import Device
 from features.memory import keep_freed
 from pipeline import params, schema, shards
 
@@ -52,7 +54,7 @@ class Settings(params.Settings):
     precision: Literal["reference", "float32", "bfloat16", "compiled"] = "float32"
     check_every: int = Field(16, ge=0)  # pictures of a shard of which one is compared with `reference`
     grid: bool = False  # also the 7x7 cells of res5 over the whole picture, 49 x 2048
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "auto"  # a GPU where there is one
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
     shard_size: int = Field(32, ge=1, le=4096)
 
@@ -77,8 +79,7 @@ def make_worker(settings: Settings) -> "Work":
 def open_work(settings: Settings) -> "Work":
     import torch
 
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("regions.device is cuda, and torch sees no GPU")
+    settings = devices.here(settings, "regions")
     torch.set_num_threads(settings.threads)
     reference = open_detector(settings)
     if settings.backend == "detectron2" or settings.precision == "reference":
@@ -203,6 +204,8 @@ def half(features: "np.ndarray", asin: str) -> bytes:
 
 def job(corpus: str, settings: Settings) -> shards.Job:
     images = shards.ShardFolder(Path("data") / corpus / "images")
+    settings = devices.here(settings, "regions")
+    devices.tell_if_slow(settings.precision, settings.device, "regions")
     weights = {}
     if settings.weights != RANDOM:
         path = Path(settings.weights)
@@ -220,6 +223,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         libraries=("torch", "torchvision", "numpy", "pillow"),
         weights=weights,
         threads=settings.threads,
+        max_workers=devices.max_workers(settings.device),
         measures=cosine_to_reference,
         lost=NO_REGIONS,
     )

@@ -4,8 +4,9 @@
     python -m features.zoo faster_rcnn_R_101_FPN_3x weights/coco-fpn.safetensors --sha256 HEX
     python -m features.zoo https://HOST/visual_genome.pkl weights/vg.safetensors --sha256 HEX
 
-The zoo publishes no sha256: it puts the first digits of a file's MD5 into its name. That is checked, and the
-sha256 found is told, to be pinned with --sha256 from then on; another address must be pinned from the start.
+The zoo publishes no sha256: it puts the first digits of a file's MD5 into its name, which are checked. FPN's
+is pinned here, by a public copy of the file; a second source was not found, nor one at all for C4's. There
+the sha256 found is told, to be pinned with --sha256 from then on; other addresses are pinned from the start.
 """
 
 import argparse
@@ -25,6 +26,9 @@ MODELS = {
     "faster_rcnn_R_101_C4_3x": f"{ROOT}/faster_rcnn_R_101_C4_3x/138204752/model_final_298dad.pkl",
     "faster_rcnn_R_101_FPN_3x": f"{ROOT}/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl",
 }
+PINS = {  # the Git LFS pointer in palantir/aip-sdk, a copy "downloaded from Detectron2 Faster-RCNN Model Zoo"
+    MODELS["faster_rcnn_R_101_FPN_3x"]: "9014213b9aeac24bb799c857266e34438e6e839821752658026e77c8ceb620f3",
+}
 MD5_IN_NAME = re.compile(r"model_final_([0-9a-f]{6,32})\.pkl")
 
 
@@ -37,6 +41,7 @@ def fetch(model: str, output: Path, *, sha256: str | None = None, plain_http: Co
     digits = MD5_IN_NAME.fullmatch(name)
     if sha256 is None and url not in MODELS.values():
         raise ValueError(f"{url} must be pinned: pass its --sha256")
+    sha256 = sha256 or PINS.get(url)
     path = Download(urls=[url], sha256=sha256, plain_http=plain_http).fetch()
     if digits:
         with path.open("rb") as file:

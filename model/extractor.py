@@ -95,10 +95,8 @@ class Reader:
 
 
 def here(settings: dict[str, Any]) -> dict[str, Any]:
-    """A stage's settings on this machine: trained with a GPU, a model is applied without one too."""
-    import torch
-
-    return settings if torch.cuda.is_available() else {**settings, "device": "cpu"}
+    """A stage's settings where a model is applied: trained with a GPU or without, it takes what is there."""
+    return {**settings, "device": "auto"}
 
 
 class Seen:

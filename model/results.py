@@ -20,19 +20,31 @@ MAX_BYTES = 2048
 ATTRIBUTES = ("Brand", "Shape", "Color", "Type")  # of the paper's Table 2: kept first
 ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
-YOUNG = ("compile", False)  # a setting younger than the first kept results, and what they were made with
+PLACES = frozenset({"path", "url", "mirrors", "base"})
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 
 
 def settings_digest(corpus: str, model: str) -> str:
-    """Of the resolved settings that the numbers of a cell depend on; not of code, which `commit` tells."""
+    """Of the resolved settings that the numbers of a cell depend on.
+
+    Not of code, which `commit` tells, nor of devices (`cost`), nor of where a pinned file lies.
+    """
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
-    if "settings" in cell:
-        cell["settings"] = {name: value for name, value in cell["settings"].items() if (name, value) != YOUNG}
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
-    return digest([cell, stages])[:16]
+    return digest(deciding([cell, stages]))[:16]
+
+
+def deciding(settings: Any) -> Any:
+    """Settings without what changes no number."""
+    if isinstance(settings, list):
+        return [deciding(one) for one in settings]
+    if not isinstance(settings, dict):
+        return settings
+    is_pinned = settings.get("sha256") or settings.get("base_sha256")
+    unseen = {"device"} | (PLACES if is_pinned else frozenset())
+    return {name: deciding(value) for name, value in settings.items() if name not in unseen}
 
 
 def is_declared(corpus: str) -> bool:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from features.devices import tell_if_slow
 from model.checkpoint import COSTS
 from model.examples import Question, questions
 from pipeline import params
@@ -368,6 +369,7 @@ def keep_cost(corpus: str, name: str, seed: int, seconds: float, examples: int) 
 
 def run(corpus: str, name: str, seed: int) -> None:
     """Train the cell and write its folder; raises `ValueError` when there is nothing to train on."""
+    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights; the trainer's own stays
@@ -379,6 +381,7 @@ def run(corpus: str, name: str, seed: int) -> None:
             f"{corpus} has {len(training)} training and {len(validation)} validation questions; "
             "both must be there"
         )
+    tell_if_slow(cell.train.precision, "cuda" if torch.cuda.is_available() else "cpu", "train")
     started = time.perf_counter()
     model, processor, history, resumed = fit(cell, training, validation, seed, checkpoints)
     if int(os.environ.get("RANK", "0")):

@@ -88,6 +88,7 @@ class Job:
     weights: Mapping[str, str] | None = None  # name -> sha256
     precision: str = "float32"  # what the settings come to on this machine
     threads: int = 2
+    max_workers: int | None = None  # unless $SMARTAVE_WORKERS asks for more; None: what keeps all cores busy
     measures: Callable[[Counter[str]], dict[str, Any]] = dict
     transient: frozenset[str] = frozenset()
     max_transient: float = 0.0
@@ -243,7 +244,7 @@ def _holder(lock: Path) -> str:
 def run(job: Job) -> Path:
     """Make every shard that the store lacks, then assemble data/CORPUS/STAGE; its manifest.json comes last.
 
-    $SMARTAVE_WORKERS processes work at a time (default: as many as keep all cores busy), on the
+    $SMARTAVE_WORKERS processes work at a time (default: as many as keep all cores busy, one on a GPU), on the
     executor $SMARTAVE_EXECUTOR (`local`, the default, or `dask`); neither changes a byte. A row that kills
     its worker, tried alone, twice has the status `kills_worker`. Raises `ValueError` naming
     the shard that cannot be made; what is finished stays in the store for the next run.
@@ -303,7 +304,7 @@ def _made(
 def _executed(
     job: Job, name: str, tasks: Mapping[int, _Task], progress: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    execute, num_workers = executor(job.threads)
+    execute, num_workers = executor(job.threads, job.max_workers)
     indices = list(tasks)
     open_worker = _OpenWorker(job.settings, job.make_worker, job.schema, job.transient, job.lost)
     results = execute(
@@ -323,12 +324,13 @@ def _named(name: str, index: int, task: _Task) -> str:
     return f"{name}: shard {index:05d} ({first} to {last})"
 
 
-def executor(threads: int) -> tuple[workers.Executor, int]:
+def executor(threads: int, at_most: int | None = None) -> tuple[workers.Executor, int]:
     """What runs tasks of so many threads, and how many at a time; `ValueError` for a wrong environment."""
     name = os.environ.get("SMARTAVE_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise ValueError(f"SMARTAVE_EXECUTOR must be one of {', '.join(EXECUTORS)}, got {name!r}")
-    count = os.environ.get("SMARTAVE_WORKERS") or str(max(1, (os.cpu_count() or 1) // threads))
+    enough = max(1, (os.cpu_count() or 1) // threads)
+    count = os.environ.get("SMARTAVE_WORKERS") or str(min(enough, at_most or enough))
     if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"SMARTAVE_WORKERS must be a whole number of at least 1, got {count!r}")
     return EXECUTORS[name], int(count)

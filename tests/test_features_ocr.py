@@ -315,6 +315,16 @@ def test_fast_mode_says_with_which_precision_it_ran(monkeypatch):
     assert ocr.job("sample", ocr.Settings(mode="fast")).made_with()["precision"] == "float32"
 
 
+def test_fast_mode_looks_for_text_on_a_smaller_canvas_and_is_checked_against_the_larger(label, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    fast = ocr.open_work(ocr.Settings(canvas_px=960, fast_canvas_px=400, mode="fast"))
+    assert (fast.engine.canvas_px, fast.exact.canvas_px) == (400, 960)
+    *_, counts = fast([row(encoded(label[0].resize((800, 480), Image.Resampling.BICUBIC)))])
+    assert ocr.agreement_with_exact(counts)["agreement_with_exact"]["share_of_lines_found"] == 1
+    exact = ocr.open_work(ocr.Settings(canvas_px=960, fast_canvas_px=400))
+    assert exact.engine.canvas_px == 960
+
+
 # The other engine
 
 

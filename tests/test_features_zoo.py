@@ -64,6 +64,18 @@ def test_what_cannot_be_fetched_says_why(model, message, tmp_path, monkeypatch):
         zoo.main()
 
 
+def test_a_pinned_checkpoint_of_the_zoo_is_not_taken_with_other_bytes(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with serving({name_of(checkpoint): checkpoint}) as server:
+        url = server.url(name_of(checkpoint))
+        monkeypatch.setitem(zoo.MODELS, "tiny", url)
+        monkeypatch.setitem(zoo.PINS, url, "0" * 64)
+        with pytest.raises(ValueError, match="sha256"):
+            zoo.fetch("tiny", tmp_path / "out.safetensors", plain_http=[server.place])
+    assert all(re.fullmatch("[0-9a-f]{64}", pin) for pin in zoo.PINS.values())
+    assert {zoo.MODELS["faster_rcnn_R_101_FPN_3x"], url} == set(zoo.PINS)
+
+
 def test_the_zoos_addresses_carry_the_digits_that_are_checked():
     for name, url in zoo.MODELS.items():
         assert name in url
