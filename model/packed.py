@@ -2,7 +2,8 @@
 
 The hyper-tokens of a batch stand one after another in front of its local-tokens. Local-tokens stand
 segment by segment, segments sorted by length, so that those of one length are a dense block: local
-attention needs neither masks nor copies, and costs what the segments cost alone.
+attention needs neither masks nor copies, and costs what the segments cost alone. On a GPU in half precision
+each pattern is one call of a kernel for ragged sequences (`model.ragged`) instead of one per length.
 
 Shapes: B batch, N hyper-tokens of an example, M of the batch, L local-tokens of an example, P of the
 batch, S segments that own local-tokens, D width, H heads. A group is (count, length): so many segments of
@@ -11,11 +12,13 @@ so many tokens.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model import ragged
 from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
 
 LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
@@ -44,6 +47,26 @@ class Packing:
     def blocks(self) -> list[int]:
         """Local-tokens of each group."""
         return [count * length for count, length in self.groups]
+
+    @cached_property
+    def segments(self) -> ragged.Sequences:
+        """The local-tokens, segment by segment."""
+        lengths = [length for count, length in self.groups for _ in range(count)]
+        return ragged.Sequences.of(torch.tensor(lengths, dtype=torch.long, device=self.owner.device))
+
+    def read_by(self, places: Tensor) -> ragged.Gathered:
+        """The packed hyper-tokens that those at `places`, flat in (B, N), attend to."""
+        num_hyper = self.hyper_row.shape[1]
+        rows = self.hyper_row.index_select(0, places // num_hyper)
+        return ragged.Gathered.of(self.reads.flatten(0, 1)[places], rows)
+
+    @cached_property
+    def read_by_hyper(self) -> ragged.Gathered:
+        return self.read_by(self.hyper_at)
+
+    @cached_property
+    def read_by_owner(self) -> ragged.Gathered:
+        return self.read_by(self.owner)
 
     def pack(self, hyper: Tensor, local: Tensor) -> Tensor:
         """(B, N, ...) and (B, L, ...) to (M + P, ...)."""
@@ -144,6 +167,8 @@ def absorb(vectors: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
 
 def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
     """The four patterns over packed tokens, (M + P, D) to the same, before the output projection."""
+    if ragged.fits(attention, x):
+        return ragged_attention(attention, x, packing)
     heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
     hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
 
@@ -203,6 +228,42 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
         values, keys = dense[:, :, 2:4].unbind(2)
         of_owners = of_owners + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
     return torch.cat([packing.of_rows(z_hyper.unflatten(0, (batch, num_hyper))), of_owners])
+
+
+def ragged_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
+    """`packed_attention` in one call for each pattern, whatever the lengths."""
+    query, key, single = attention.query, attention.key, ragged.Sequences.single
+    rate = attention.dropout.p * attention.training
+
+    def projected(tokens: Tensor, *layers: Any) -> list[Tensor]:
+        return [part.unflatten(1, (attention.num_heads, -1)) for part in project(tokens, *layers)]
+
+    hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
+    of_h2h, read_h2h, values_hyper, read_l2h, of_h2l = projected(
+        hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]
+    )
+    of_l2l, read_l2l, values_local, of_l2h, read_h2l = projected(
+        local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"]
+    )
+    z_hyper, z_local, segments = torch.zeros_like(of_h2h), torch.zeros_like(of_l2l), packing.segments
+    if "h2h" not in attention.without:
+        found, rows = packing.read_by_hyper, packing.read_by_hyper.rows
+        z_hyper = ragged.attend(
+            of_h2h, read_h2h[rows], values_hyper[rows], single(of_h2h), found.sequences, rate
+        )
+    if len(local) and "h2l" not in attention.without:
+        owners = packing.hyper_row.flatten()[packing.owner]
+        asking = of_h2l[owners]
+        gathered = ragged.attend(asking, read_h2l, values_local, single(asking), segments, rate)
+        z_hyper = z_hyper.index_add(0, owners, gathered)
+    if len(local) and "l2l" not in attention.without:
+        z_local = ragged.attend(of_l2l, read_l2l, values_local, segments, segments, rate)
+    if len(local) and "l2h" not in attention.without:
+        found, rows = packing.read_by_owner, packing.read_by_owner.rows
+        z_local = z_local + ragged.attend(
+            of_l2h, read_l2h[rows], values_hyper[rows], segments, found.sequences, rate
+        )
+    return torch.cat([z_hyper, z_local]).flatten(1)
 
 
 def local_to_hyper(

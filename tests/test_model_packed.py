@@ -1,5 +1,6 @@
 """The packed encoder: where tokens stand, and that it computes what the reference computes."""
 
+import contextlib
 import copy
 import math
 from functools import partial
@@ -9,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model.packed
+from model import ragged
 from model.encoder import Encoder, StructuredAttention
 from model.packed import LESS, LONG, pack, packed_encoder
 
@@ -54,9 +57,9 @@ def test_the_packing_of_two_rows_is_this():
     st.booleans(),
     st.sets(st.sampled_from(StructuredAttention.patterns)),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["by length", "absorbed", "ragged"]),
 )
-def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, without, shared, absorbed):
+def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, without, shared, form):
     generator = torch.Generator().manual_seed(seed)
     hyper_mask, segment = padded(batch, generator)
     private = torch.rand(hyper_mask.shape, generator=generator) < 0.5 if joint else None
@@ -72,7 +75,8 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, wi
 
     def packed():
         rows = hyper.flatten(0, 1)[packing.hyper_at], local.flatten(0, 1)[packing.local_at]
-        with mock.patch.object(model.packed, "LESS", math.inf if absorbed else 0):
+        less = mock.patch.object(model.packed, "LESS", math.inf if form == "absorbed" else 0)
+        with ragged_kernels() if form == "ragged" else less:
             return packing.unpack(*packed_encoder(encoder, *rows, packing))
 
     found = []
@@ -85,6 +89,37 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, wi
         found.append((*real, *gradients))
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def slowly(queries, keys, values, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **rest):
+    """What ATen's `_flash_attention_forward` computes of ragged batches, sequence by sequence."""
+    assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
+    assert (int(cum_seq_q[-1]), int(cum_seq_k[-1])) == (len(queries), len(keys))
+    assert not is_causal
+    assert max_q >= cum_seq_q.diff().max()
+    assert max_k >= cum_seq_k.diff().max()
+    parts = []
+    for asks, reads in zip(
+        cum_seq_q.unfold(0, 2, 1).tolist(), cum_seq_k.unfold(0, 2, 1).tolist(), strict=True
+    ):
+        assert reads[0] < reads[1]  # a softmax over nothing
+        q, k, v = (
+            of_all[slice(*place)].transpose(0, 1)
+            for of_all, place in ((queries, asks), (keys, reads), (values, reads))
+        )
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        parts.append((torch.dropout(scores.softmax(-1), dropout_p, True) @ v).transpose(0, 1))
+    return (torch.cat(parts),)
+
+
+@contextlib.contextmanager
+def ragged_kernels():
+    """As if the encoder stood on a GPU: same calls, a slow kernel."""
+    with (
+        mock.patch.object(ragged, "fits", return_value=True),
+        mock.patch.object(torch.ops.aten, "_flash_attention_forward", slowly),
+    ):
+        yield
 
 
 @pytest.mark.parametrize("private", [None, torch.tensor([[True, False, False], [True, False, False]])])
@@ -166,3 +201,67 @@ def test_a_batch_without_any_local_token_is_encoded(num_hyper):
     got, _ = packed_encoder(encoder, hyper.flatten(0, 1), torch.zeros(0, 8), packing)
     want, _ = encoder(hyper, torch.zeros(2, 3, 8), hyper_mask, segment)
     torch.testing.assert_close(got, want.flatten(0, 1))
+
+
+def test_ragged_kernels_are_called_once_a_pattern_whatever_the_lengths():
+    generator = torch.Generator().manual_seed(0)
+    hyper_mask, segment = padded([[2, 0, 3], [1, 4], [7, 6, 5, 8]], generator)
+    packing = pack(hyper_mask, segment)
+    encoder = Encoder(**SIZES | {"num_layers": 1, "dropout": 0.25})
+    hyper, local = torch.randn(packing.num_hyper, 8), torch.randn(len(packing.local_at), 8)
+    with ragged_kernels(), mock.patch.object(ragged, "attend", side_effect=ragged.attend) as attend:
+        packed_encoder(encoder, hyper, local, packing)
+        assert [call.args[-1] for call in attend.call_args_list] == [0.25] * 4
+        encoder.eval()
+        packed_encoder(encoder, hyper, local, packing)
+        assert attend.call_args.args[-1] == 0
+
+
+def test_the_kernel_that_is_called_exists_and_has_gradients():
+    """On a GPU of which only shapes are computed: this machine need not have one."""
+    with FakeTensorMode():
+        tokens = torch.randn(9, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        sequences = ragged.Sequences(torch.zeros(4, dtype=torch.int32, device="cuda"), 5)
+        output = ragged.attend(*tokens.unbind(1), sequences, sequences, 0.1)
+        assert (output.shape, output.dtype, output.device.type) == ((9, 4, 64), torch.bfloat16, "cuda")
+        assert type(output.grad_fn).__name__ == "FlashAttentionBackward0"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "capability", "fits"),
+    [
+        ("cuda", torch.bfloat16, 2, (8, 0), True),
+        ("cuda", torch.bfloat16, 2, (7, 5), False),
+        ("cuda", torch.float32, 2, (9, 0), False),
+        ("cuda", torch.bfloat16, 16, (9, 0), False),  # heads of 4
+        ("cpu", torch.bfloat16, 2, (9, 0), False),
+    ],
+)
+def test_ragged_kernels_are_for_gpus_in_half_precision(device, dtype, heads, capability, fits, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    attention = StructuredAttention(hidden_size=64, num_heads=heads, dropout=0.0)
+    with FakeTensorMode():
+        x = torch.zeros(3, 64, device=device, dtype=dtype)
+    assert ragged.fits(attention, x) == fits
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr("torch.get_autocast_dtype", lambda device: torch.bfloat16)
+    assert ragged.fits(attention, x) == (fits or dtype == torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ragged_kernels_give_what_goes_by_length_on_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    hyper_mask, segment = padded([[2, 0, 3], [1, 4], [70, 6, 51, 8]], generator)
+    torch.manual_seed(0)
+    encoder = Encoder(**SIZES | {"hidden_size": 64}).cuda()
+    packing = pack(hyper_mask.cuda(), segment.cuda())
+    tokens = torch.randn(packing.num_hyper + len(packing.local_at), 64, device="cuda", requires_grad=True)
+    found = []
+    for is_ragged in (False, True):
+        with mock.patch.object(ragged, "fits", return_value=is_ragged):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                parts = tokens.split([packing.num_hyper, len(packing.local_at)])
+                output = torch.cat(packed_encoder(encoder, *parts, packing)).float()
+            found.append((output, *torch.autograd.grad(output.pow(3).sum(), [tokens, *encoder.parameters()])))
+    for by_length, at_once in zip(*found, strict=True):
+        torch.testing.assert_close(at_once, by_length, rtol=0.05, atol=0.05)
