@@ -144,15 +144,22 @@ def region_schema(*, width: int, dtype: str = "float16") -> pa.Schema:
     return REGIONS.with_metadata({"width": str(width), "dtype": dtype})
 
 
+AS_IT_IS = frozenset({"image"})  # columns that are compressed already; in schemas without nested ones
+
+
 def write_parquet(rows: list[dict] | pa.Table, schema: pa.Schema, path: Path) -> None:
     """Write `rows` so that equal rows give equal bytes (the caller renames into place)."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
+    zipped = [name for name in schema.names if name not in AS_IT_IS]
+    is_flat = len(zipped) < len(schema)
     pq.write_table(
         table.cast(schema) if table.schema != schema else table,
         path,
         version="2.6",
-        compression="zstd",
-        compression_level=1,
+        compression={name: "zstd" if name in zipped else "none" for name in schema.names}
+        if is_flat
+        else "zstd",
+        compression_level=dict.fromkeys(zipped, 1) if is_flat else 1,
         use_dictionary=False,
         write_statistics=False,
         store_schema=True,
