@@ -47,9 +47,13 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # asked for by name, so that ATen does not choose
             then = "relu" if self.relu else "none"
+            # oneDNN refuses bfloat16 on processors that do not know it; float32 holds the same numbers.
+            refused = x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            known = torch.float32 if refused else x.dtype
+            of_all = (tensor.to(known) for tensor in (x, self.weight, self.bias))
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1, then, [], ""
-            )
+                *of_all, self.padding, self.stride, self.dilation, 1, then, [], ""
+            ).to(x.dtype)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return x.relu_() if self.relu else x
 
