@@ -3,9 +3,9 @@
     python -m features.ocr CORPUS
 
 `engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
-canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text on a
-smaller canvas (`fast_canvas_px`) and with bfloat16 where the processor has it, and reads a picture exactly
-when much of it came out unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics
+canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
+bfloat16 where the processor has it, on a smaller canvas where `fast_canvas_px` asks for one, and reads a
+picture exactly when much of it came out unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics
 tell how far the two agree, and how many were `hard`. `engine: rapidocr` is the other engine, for Chinese and
 English. `device: auto` is a GPU where there is one; EasyOCR alone knows it.
 
@@ -58,7 +58,7 @@ class Settings(params.Settings):
     recognizer: str = Field("english_g2", pattern=r"^[a-z_]+_g[12]$")  # one of EasyOCR's own
     weights: str | None = None  # folder with EasyOCR's .pth files; None: the packaged English ones
     canvas_px: int = Field(2560, ge=64, le=4096)  # a longer side is shrunk to this to find text
-    fast_canvas_px: int = Field(1280, ge=64, le=4096)  # in mode fast, where that is less
+    fast_canvas_px: int = Field(2560, ge=64, le=4096)  # in mode fast, where that is less; costs lines
     min_confidence: float = Field(0.0, ge=0, le=1)
     device: Device = "auto"  # of easyocr
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
