@@ -5,9 +5,9 @@
 `engine: easyocr` in `mode: exact` reads what `easyocr.Reader(quantize=False).readtext(FILE, canvas_size=
 canvas_px)` reads, faster (features/craft.py, features/recogniser.py say how). `fast` looks for text with
 bfloat16 where the processor has it, on a smaller canvas where `fast_canvas_px` asks for one, and reads a
-picture exactly when much of it came out unsure. Every `check_every`-th picture is read exactly as well: the stage's metrics
-tell how far the two agree, and how many were `hard`. `engine: rapidocr` is the other engine, for Chinese and
-English. `device: auto` is a GPU where there is one; EasyOCR alone knows it.
+picture exactly when much of it came out unsure. Every `check_every`-th picture is read exactly as well: the
+stage's metrics tell how far the two agree, and how many were `hard`. `engine: rapidocr` is the other engine,
+for Chinese and English. `device: auto` is a GPU where there is one; EasyOCR alone knows it.
 
 Quads are in pixels of the picture as `pipeline.pictures` decodes it, texts in NFC, lines in reading order.
 Statuses: `ok`, `no_text`, `undecodable`, or the image's own where there is no image. EasyOCR's other scripts
