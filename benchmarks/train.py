@@ -108,6 +108,8 @@ def main() -> None:
             torch.cuda.synchronize()
 
     def seconds_a_step() -> float:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         step()
         start = time.perf_counter()
         for _ in range(steps):
@@ -119,8 +121,8 @@ def main() -> None:
         with mock.patch.object(ragged, "fits", return_value=False):
             by_length = seconds_a_step()
     seconds = seconds_a_step()
-    peak = given.peak * 1e12 if given.peak else matmul_peak(torch.bfloat16, device=device)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if device == "cuda" else ""
+    peak = given.peak * 1e12 if given.peak else matmul_peak(torch.bfloat16, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else machine()
     print(f"training, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {device}: {name}")
     print(

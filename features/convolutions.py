@@ -18,6 +18,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
+def knows_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Convolution(nn.Module):
     """A convolution with the normalisation and the ReLU that follow it, if they do; for evaluation only."""
 
@@ -48,8 +52,7 @@ class Convolution(nn.Module):
         if x.device.type == "cpu":  # asked for by name, so that ATen does not choose
             then = "relu" if self.relu else "none"
             # oneDNN refuses bfloat16 on processors that do not know it; float32 holds the same numbers.
-            refused = x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            known = torch.float32 if refused else x.dtype
+            known = torch.float32 if x.dtype == torch.bfloat16 and not knows_bfloat16() else x.dtype
             of_all = (tensor.to(known) for tensor in (x, self.weight, self.bias))
             return torch.ops.mkldnn._convolution_pointwise(
                 *of_all, self.padding, self.stride, self.dilation, 1, then, [], ""

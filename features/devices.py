@@ -28,7 +28,9 @@ def has_bfloat16(device: str) -> bool:
     """Whether `device` multiplies bfloat16 natively."""
     import torch
 
-    return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def tell_if_slow(precision: str, device: str, stage: str) -> None:

@@ -58,7 +58,9 @@ class Settings(params.Settings):
     recognizer: str = Field("english_g2", pattern=r"^[a-z_]+_g[12]$")  # one of EasyOCR's own
     weights: str | None = None  # folder with EasyOCR's .pth files; None: the packaged English ones
     canvas_px: int = Field(2560, ge=64, le=4096)  # a longer side is shrunk to this to find text
-    fast_canvas_px: int = Field(2560, ge=64, le=4096)  # in mode fast, where that is less; costs lines
+    fast_canvas_px: int | None = Field(
+        None, ge=64, le=4096
+    )  # in mode fast; None: canvas_px. Less costs lines
     min_confidence: float = Field(0.0, ge=0, le=1)
     device: Device = "auto"  # of easyocr
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
@@ -66,8 +68,9 @@ class Settings(params.Settings):
 
     @model_validator(mode="after")
     def _engine_knows(self) -> "Settings":
-        names = ("mode", "fast_canvas_px", "languages", "recognizer", "weights", "device")
+        names = ("mode", "fast_canvas_px", "languages", "recognizer", "weights")
         given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        given += ["device cuda"] if self.device == "cuda" else []
         if self.engine == "rapidocr" and given:
             raise ValueError(f"engine rapidocr knows no {', '.join(given)}")
         return self
@@ -271,7 +274,8 @@ def open_easyocr(settings: Settings) -> Work:
     exact = engine(*exactly)
     if settings.mode == "exact":
         return Work(exact, None, settings)
-    fast = (fast_precision(settings_here(settings).device), min(settings.canvas_px, settings.fast_canvas_px))
+    canvas_px = min(settings.canvas_px, settings.fast_canvas_px or settings.canvas_px)
+    fast = (fast_precision(settings_here(settings).device), canvas_px)
     return Work(exact if fast == exactly else engine(*fast), exact, settings)
 
 
@@ -301,7 +305,9 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         corpus=corpus,
         module="features.ocr",
         settings=settings,
-        unseen=frozenset({"weights"}),  # a path; their content counts
+        unseen=frozenset(
+            {"weights"} if is_fast else {"weights", "fast_canvas_px"}
+        ),  # weights' content counts
         schema=schema.OCR,
         chunks=shards.chunks_of_folder(images, settings.shard_size),
         make_worker=make_worker,

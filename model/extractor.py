@@ -95,8 +95,8 @@ class Reader:
 
 
 def here(settings: dict[str, Any]) -> dict[str, Any]:
-    """A stage's settings where a model is applied: trained with a GPU or without, it takes what is there."""
-    return {**settings, "device": "auto"}
+    """A stage's settings where a model is applied: trained with a GPU, it is applied without one too."""
+    return {**settings, "device": "auto"} if settings.get("device") == "cuda" else settings
 
 
 class Seen:

@@ -93,8 +93,8 @@ class Packing:
 def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> Packing:
     """The packing of a padded batch, (B, N) bool and (B, L) with -1 at padding; `private` as in `readable`.
 
-    Local-tokens of a segment keep their order. `segment = [[0, 2, 0, 0], [1, 1, 0, -1]]` has segments
-    of 3, 1, 2 and 1 tokens, which stand as
+    Whoever owns local-tokens is no padding. Local-tokens of a segment keep their order.
+    `segment = [[0, 2, 0, 0], [1, 1, 0, -1]]` has segments of 3, 1, 2 and 1 tokens, which stand as
 
         row 0 segment 2 | row 1 segment 0 | row 1 segment 1 | row 0 segment 0
              1          |        6        |      4  5       |     0  2  3        flat places in (B, L)

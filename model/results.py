@@ -27,7 +27,8 @@ STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 def settings_digest(corpus: str, model: str) -> str:
     """Of the resolved settings that the numbers of a cell depend on.
 
-    Not of code, which `commit` tells, nor of devices (`cost`), nor of where a pinned file lies.
+    Not of code, which `commit` tells, nor of devices (`cost`), which round otherwise and may read text in
+    another precision, nor of where a pinned file lies.
     """
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
@@ -37,7 +38,7 @@ def settings_digest(corpus: str, model: str) -> str:
 
 
 def deciding(settings: Any) -> Any:
-    """Settings without what changes no number."""
+    """Settings without devices and places."""
     if isinstance(settings, list):
         return [deciding(one) for one in settings]
     if not isinstance(settings, dict):

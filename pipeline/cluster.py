@@ -4,7 +4,8 @@
     SMARTAVE_EXECUTOR=dask SMARTAVE_DASK=tcp://HOST:8786     that scheduler's workers
 
 Workers of another scheduler are started in the repository root, on a file system that all of them share,
-with one thread each (`dask worker ADDRESS --nthreads 1`), and see the same GPUs as the settings ask for.
+with one thread each (`dask worker ADDRESS --nthreads 1`), and have a GPU where the settings say `cuda`: what
+`device: auto` is, the machine decides that the stage is started on.
 """
 
 import contextlib

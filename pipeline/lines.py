@@ -17,10 +17,9 @@ from pipeline.tally import Tally
 
 BLOCK_BYTES = 1 << 18  # so that what one thread unzips is still in the cache when another looks at it
 MAX_LINE_BYTES = 64 << 20
-AHEAD = 128  # blocks that are unzipped while others are worked on, or labels are read
+AHEAD = 8  # blocks that are unzipped while others are worked on
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
-Blocks = Generator[bytes, None, None]
 DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
@@ -29,16 +28,12 @@ def _always(block: bytes, begin: int, end: int) -> bool:
 
 
 def numbered(
-    path: Path,
-    tally: Tally,
-    is_wanted: Callable[[bytes, int, int], bool] = _always,
-    begun: Blocks | None = None,
+    path: Path, tally: Tally, is_wanted: Callable[[bytes, int, int], bool] = _always
 ) -> Iterator[tuple[int, bytes]]:
     """`(line number from 1, line without its end)`; blank lines are skipped, giant ones counted.
 
     Lines in `block[begin:end]` of which `is_wanted(block, begin, end)` says no are passed over uncopied.
-    `begun` is `blocks_of(path)` where it was called before. Raises `ValueError` for a Git LFS pointer and for
-    a damaged gzip stream.
+    Raises `ValueError` for a Git LFS pointer and for a damaged gzip stream.
     """
     rest: list[bytes] = []  # of a line that spans blocks
     number, dropping = 0, False
@@ -49,7 +44,7 @@ def numbered(
             return False
         return bool(line) and not line.isspace()
 
-    with closing(begun or blocks_of(path)) as blocks:
+    with closing(_ahead(_blocks(path)) if _is_zipped(path) else _blocks(path)) as blocks:
         for block in blocks:
             begin = 0
             while (end := block.find(b"\n", begin)) >= 0:  # one at a time: the memory of a line stays warm
@@ -110,14 +105,12 @@ def opened(path: Path) -> Iterator[Any]:
             raise ValueError(f"{path} is damaged or cut short: {error}") from error
 
 
-def blocks_of(path: Path) -> Blocks:
-    """The plain bytes of a file, some at a time; close it. What is zipped is unzipped ahead from now on."""
+def _is_zipped(path: Path) -> bool:
     with path.open("rb") as file:
-        is_zipped = file.read(2) == GZIP_MAGIC
-    return _ahead(_blocks(path)) if is_zipped else _blocks(path)
+        return file.read(2) == GZIP_MAGIC
 
 
-def _blocks(path: Path) -> Blocks:
+def _blocks(path: Path) -> Generator[bytes, None, None]:
     with opened(path) as file, progress.of_bytes(path, path.stat().st_size) as bar:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
@@ -127,7 +120,7 @@ def _blocks(path: Path) -> Blocks:
             yield block
 
 
-def _ahead(blocks: Blocks) -> Blocks:
+def _ahead(blocks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
     """The same blocks, made by a thread meanwhile: unzipping does not hold the interpreter's lock."""
     made: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
     places: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: nobody wants more
@@ -147,19 +140,12 @@ def _ahead(blocks: Blocks) -> Blocks:
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
-
-    def take() -> Blocks:
-        try:
-            yield b""  # taken below: a generator that was never begun would not stop the thread when closed
-            while (item := made.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                places.put(True)
-        finally:
-            places.put(False)
-            thread.join()
-
-    taken = take()
-    next(taken)
-    return taken
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            places.put(True)
+    finally:
+        places.put(False)
+        thread.join()

@@ -14,7 +14,7 @@ import re
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import orjson
 from pipeline import clean
 from pipeline.disk import atomically
 from pipeline.labels import NONE, Labels, Spool
-from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, Blocks, blocks_of, numbered, opened, parse
+from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, numbered, opened, parse
 from pipeline.tally import MAX_EXAMPLES, Tally
 
 __all__ = ["MAX_LINE_BYTES", "Record", "join", "may_be_wanted", "opened", "parse", "records"]
@@ -57,13 +57,10 @@ def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int
     return not named or any(asin in wanted or b"\\" in asin for asin in named)
 
 
-def records(
-    paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally, begun: dict[Path, Blocks] | None = None
-) -> Iterator[Record]:
+def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) -> Iterator[Record]:
     """The first surviving metadata line of every asin in `wanted`, in file order, texts cleaned.
 
-    `wanted` maps asins, as UTF-8, to small numbers. Lines that cannot be used are counted by reason. Of
-    files that are being read already, `begun` has the blocks.
+    `wanted` maps asins, as UTF-8, to small numbers. Lines that cannot be used are counted by reason.
     """
     state = bytearray(max(wanted.values(), default=NONE) + 1)
     unasked = 0
@@ -77,7 +74,7 @@ def records(
 
     for path in paths:
         name = path.name
-        for number, line in numbered(path, tally, is_wanted, begun.pop(path, None) if begun else None):
+        for number, line in numbered(path, tally, is_wanted):
             where = f"{name}:{number}"
             metadata = parse(line, where, tally)
             if metadata is None:
@@ -112,17 +109,13 @@ def records(
 
 def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) -> Tally:
     """Write one full line per label line, sorted by id (then by label file); returns what was counted."""
-    tally, metadata = Tally(), list(metadata)
-    with ExitStack() as stack:
-        # The first file is unzipped while the labels are read.
-        begun = {path: stack.enter_context(closing(blocks_of(path))) for path in metadata[:1]}
-        labels = stack.enter_context(Labels(label_files, tally, output.parent))
-        made = stack.enter_context(closing(Spool(output.parent)))
+    tally = Tally()
+    with Labels(label_files, tally, output.parent) as labels, closing(Spool(output.parent)) as made:
         places = array("l", [NONE]) * len(labels)  # in `made`, by label line
         for number in filter(labels.is_full, range(len(labels))):
             label = labels.label(number)
             places[number] = made.add(_full_line(label, label["paragraphs"]))
-        for record in records(metadata, labels.without_text(), tally, begun):
+        for record in records(metadata, labels.without_text(), tally):
             paragraphs = [{"text": text, "source": source} for text, source in record.paragraphs]
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from features import convolutions
 from features.convolutions import Convolution, Halved, Joined, fused
 
 
@@ -18,6 +19,17 @@ def test_halving_takes_the_greatest_as_max_pooling_does(dtype, size, layout):
     halved = Halved()(x)
     assert torch.equal(halved, F.max_pool2d(x, 2))
     assert halved.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def test_a_processor_without_bfloat16_convolves_the_same_numbers_in_float32(monkeypatch):
+    monkeypatch.setattr(convolutions, "knows_bfloat16", lambda: False)
+    convolution = Convolution(nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6).eval(), relu=True)
+    x = seeded(2, 5, 8, 6, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    rounded = convolution.to(torch.bfloat16)
+    found = rounded(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, rounded.float()(x.float()).to(torch.bfloat16))
 
 
 def test_only_pools_of_two_by_two_are_halvings():

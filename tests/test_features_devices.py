@@ -33,7 +33,6 @@ def test_a_processor_that_is_asked_for_is_taken_beside_a_gpu(stage, nothing_to_d
     asked = STAGES[stage].Settings(device="cpu")
     alone = STAGES[stage].job("sample", asked).made_with()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     assert STAGES[stage].job("sample", asked).made_with() == alone
 
 

@@ -323,6 +323,18 @@ def test_fast_mode_looks_for_text_on_a_smaller_canvas_and_is_checked_against_the
     assert ocr.agreement_with_exact(counts)["agreement_with_exact"]["share_of_lines_found"] == 1
     exact = ocr.open_work(ocr.Settings(canvas_px=960, fast_canvas_px=400))
     assert exact.engine.canvas_px == 960
+    large = ocr.open_work(ocr.Settings(canvas_px=3200, mode="fast"))
+    assert large.engine.canvas_px == 3200
+
+
+def test_exact_shards_do_not_hang_on_the_canvas_of_fast_ones(monkeypatch):
+    monkeypatch.setattr(shards, "ShardFolder", lambda path: path)
+    monkeypatch.setattr(shards, "chunks_of_folder", lambda folder, size: [])
+    for mode, hangs in (("exact", False), ("fast", True)):
+        digests = [
+            ocr.job("sample", ocr.Settings(mode=mode, fast_canvas_px=px)).made_with() for px in (400, 800)
+        ]
+        assert (digests[0] != digests[1]) == hangs
 
 
 # The other engine

@@ -169,6 +169,15 @@ def test_pictures_are_fetched_read_and_cut_into_regions_on_the_way(tmp_path):
     assert all(found == {"ocr": ()} for _, found in seen[1:])
 
 
+def test_a_model_trained_with_a_gpu_reads_pictures_without_one_and_a_chosen_processor_stays(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    about = {"settings": {"ocr": True, "image": False}, "ocr": {"canvas_px": 320, "device": "cuda"}}
+    assert extractor.Seen(about, None, ()).ocr.settings.device == "auto"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    about["ocr"] = about["ocr"] | {"device": "cpu"}
+    assert extractor.Seen(about, None, ()).ocr.settings.device == "cpu"
+
+
 class Ruled:
     """The floor as a model and its processor."""
 

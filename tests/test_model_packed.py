@@ -218,7 +218,7 @@ def test_ragged_kernels_are_called_once_a_pattern_whatever_the_lengths():
 
 
 def test_the_kernel_that_is_called_exists_and_has_gradients():
-    """On a GPU of which only shapes are computed: this machine need not have one."""
+    """On a GPU of which only shapes are computed, so that none is needed."""
     with FakeTensorMode():
         tokens = torch.randn(9, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         sequences = ragged.Sequences(torch.zeros(4, dtype=torch.int32, device="cuda"), 5)

@@ -192,24 +192,6 @@ def test_who_stops_reading_a_gzip_early_leaves_no_thread_that_unzips_the_rest(tm
     assert 0 < len(made) <= 2 * lines.AHEAD + 2
 
 
-def test_a_join_that_fails_over_its_labels_stops_unzipping_metadata(tmp_path: Path) -> None:
-    labels, metadata = tmp_path / "labels.jsonl", tmp_path / "m.json.gz"
-    labels.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
-    metadata.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(10_000))))
-    before = threading.active_count()
-    with pytest.raises(ValueError, match="is a Git LFS pointer"):
-        mave.join([metadata], [labels], tmp_path / "out.jsonl")
-    assert threading.active_count() == before
-
-
-def test_one_file_named_twice_is_read_twice(tmp_path: Path) -> None:
-    labels, metadata = tmp_path / "labels.jsonl", tmp_path / "m.json.gz"
-    labels.write_text(json.dumps({"id": "B000000001", "category": "Mugs", "attributes": []}) + "\n")
-    metadata.write_bytes(gzip.compress(json.dumps(product("B000000001", "One mug")).encode()))
-    tally = mave.join([metadata, metadata], [labels], tmp_path / "out.jsonl")
-    assert tally.report()["repeated metadata"]["count"] == 1
-
-
 def noted(blocks: Iterator[bytes], made: list[bytes]) -> Iterator[bytes]:
     for block in blocks:
         made.append(block)
