@@ -18,6 +18,7 @@ from pipeline.tally import Tally
 BLOCK_BYTES = 1 << 18  # so that what one thread unzips is still in the cache when another looks at it
 MAX_LINE_BYTES = 64 << 20
 AHEAD = 8  # blocks that are unzipped while others are worked on
+UNZIPS = "unzips ahead"  # name of the thread that does
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
@@ -138,7 +139,7 @@ def _ahead(blocks: Generator[bytes, None, None]) -> Generator[bytes, None, None]
         except BaseException as error:  # noqa: BLE001 - raised where the blocks are wanted
             made.put(error)
 
-    thread = threading.Thread(target=make, daemon=True)
+    thread = threading.Thread(target=make, name=UNZIPS, daemon=True)
     thread.start()
     try:
         while (item := made.get()) is not None:
