@@ -34,6 +34,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 def tell_if_slow(precision: str, device: str, stage: str) -> None:
+    """Say on stderr when `precision` is one that `device` only imitates."""
     if precision == "bfloat16" and not has_bfloat16(device):
         sys.stderr.write(
             f"{stage}.precision is bfloat16, for which this machine ({device}) has no instructions: "

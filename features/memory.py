@@ -1,4 +1,4 @@
-"""Memory of workers whose maps are large; only glibc is spoken to."""
+"""Memory of processes whose tensors are large; only glibc is spoken to."""
 
 import ctypes
 
@@ -9,8 +9,8 @@ MAX_INT = 2**31 - 1
 def keep_freed() -> None:
     """Let this process keep the memory that it frees, for what it allocates next, until `give_back`.
 
-    glibc gives each block of more than 32 MiB back at once, and the system clears every page of the next one:
-    a tenth to a fifth of what a detector's maps of 80 MB cost. For processes that do nothing else.
+    glibc gives large blocks back, and the system clears every page of the next ones: a tenth to a fifth of
+    what a detector's maps of 80 MB cost, a tenth of a training step. For processes that do nothing else.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -58,9 +58,7 @@ class Settings(params.Settings):
     recognizer: str = Field("english_g2", pattern=r"^[a-z_]+_g[12]$")  # one of EasyOCR's own
     weights: str | None = None  # folder with EasyOCR's .pth files; None: the packaged English ones
     canvas_px: int = Field(2560, ge=64, le=4096)  # a longer side is shrunk to this to find text
-    fast_canvas_px: int | None = Field(
-        None, ge=64, le=4096
-    )  # in mode fast; None: canvas_px. Less costs lines
+    fast_canvas_px: int | None = Field(None, ge=64, le=4096)  # in mode fast; less loses lines
     min_confidence: float = Field(0.0, ge=0, le=1)
     device: Device = "auto"  # of easyocr
     threads: int = Field(1, ge=1, le=64)  # per worker; other threads, other bits
@@ -275,7 +273,7 @@ def open_easyocr(settings: Settings) -> Work:
     if settings.mode == "exact":
         return Work(exact, None, settings)
     canvas_px = min(settings.canvas_px, settings.fast_canvas_px or settings.canvas_px)
-    fast = (fast_precision(settings_here(settings).device), canvas_px)
+    fast = (fast_precision(devices.here(settings, "ocr").device), canvas_px)
     return Work(exact if fast == exactly else engine(*fast), exact, settings)
 
 
@@ -305,9 +303,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         corpus=corpus,
         module="features.ocr",
         settings=settings,
-        unseen=frozenset(
-            {"weights"} if is_fast else {"weights", "fast_canvas_px"}
-        ),  # weights' content counts
+        unseen=frozenset({"weights"} if is_fast else {"weights", "fast_canvas_px"}),  # weights: by content
         schema=schema.OCR,
         chunks=shards.chunks_of_folder(images, settings.shard_size),
         make_worker=make_worker,

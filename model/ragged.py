@@ -22,6 +22,8 @@ AMPERE = (8, 0)  # the oldest GPUs that have the kernels
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
+    """Where each of S sequences begins among tokens that stand one after another."""
+
     begins: Tensor  # (S + 1,) int32, the last one is the number of tokens
     longest: int
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from features.devices import tell_if_slow
+from features.memory import keep_freed
 from model.checkpoint import COSTS
 from model.examples import Question, questions
 from pipeline import params
@@ -424,6 +425,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="a model of params.yaml")
     parser.add_argument("seed", metavar="SEED", type=int, help="of weights, order and dropout")
     arguments = parser.parse_args()
+    keep_freed()
     try:
         with stopping_with_parent():
             run(arguments.corpus, arguments.model, arguments.seed)
