@@ -148,7 +148,10 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
                 )
             made.append(_row(row, found, settings))
             yield made[-1]
-        _keep(made, [row["url"] for row in rows])
+        if any(row["status"] in TRANSIENT for row in made):
+            _keep(made, [row["url"] for row in rows])
+        else:
+            _forget(row["url"] for row in rows if kept.get(row["asin"]) is not None)
 
     return process
 
@@ -169,15 +172,14 @@ def _kept(url: str) -> bytes | None:
 
 
 def _keep(made: list[dict[str, Any]], urls: list[str | None]) -> None:
-    """Keep the pictures of a shard with transient failures, and forget those of one without."""
-    again = any(row["status"] in TRANSIENT for row in made)
     for row, url in zip(made, urls, strict=True):
-        if not url or not A_URL.match(url):
-            continue
-        if not again:
-            _place(url).unlink(missing_ok=True)
-        elif row["image"] is not None and not _place(url).is_file():
+        if url and A_URL.match(url) and row["image"] is not None and not _place(url).is_file():
             _keep_one(url, row["image"])
+
+
+def _forget(urls: Iterable[str]) -> None:
+    for url in urls:
+        _place(url).unlink(missing_ok=True)
 
 
 def _keep_one(url: str, data: bytes) -> None:

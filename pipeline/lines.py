@@ -1,5 +1,6 @@
 """JSON lines of files that are plain, gzipped or gzipped twice, as a stream; unusable ones are counted."""
 
+import itertools
 import json
 import queue
 import threading
@@ -17,6 +18,7 @@ from pipeline.tally import Tally
 
 BLOCK_BYTES = 1 << 18  # so that what one thread unzips is still in the cache when another looks at it
 MAX_LINE_BYTES = 64 << 20
+TOLD_EVERY = 16  # blocks of which one asks the file where it is, which may wait for the interpreter
 AHEAD = 8  # blocks that are unzipped while others are worked on
 UNZIPS = "unzips ahead"  # name of the thread that does
 GZIP_MAGIC = b"\x1f\x8b"
@@ -116,8 +118,12 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
             raw = raw.fileobj
-        while block := file.read(BLOCK_BYTES):
-            bar.update(raw.tell() - bar.n)
+        for number in itertools.count(1):
+            block = file.read(BLOCK_BYTES)
+            if number % TOLD_EVERY == 0 or not block:
+                bar.update(raw.tell() - bar.n)
+            if not block:
+                return
             yield block
 
 
