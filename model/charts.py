@@ -6,6 +6,7 @@ from typing import Any
 
 COLORS = ("#3b6fd4", "#e0803a", "#3f9d75", "#b0518e", "#8a7a2c", "#5c6b7a")
 FLOOR = "#c3c9d2"
+SPREAD = {"ecolor": "#4b5563", "elinewidth": 0.8}
 STYLE: Any = {
     "svg.hashsalt": "smartave",
     "svg.fonttype": "none",
@@ -28,10 +29,11 @@ def bars(
     *,
     title: str,
     percent: bool = False,
+    spread: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """F1 per name (attribute, origin, corpus) as one bar per system; `groups[system][name]`, floor in grey.
 
-    Without a floor none is drawn.
+    Without a floor none is drawn. `spread` has standard deviations where `groups` has means.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -48,7 +50,10 @@ def bars(
             there = [row for row, name in enumerate(names) if name in scores]  # no bar is no score
             places = [row + 0.4 - (number + 0.5) * height for row in there]
             lengths = [scores[names[row]] for row in there]
-            drawn = axes.barh(places, lengths, height * 0.92, label=system, color=color)
+            deviations = [spread[system][names[row]] for row in there] if spread else None
+            drawn = axes.barh(
+                places, lengths, height * 0.92, xerr=deviations, label=system, color=color, error_kw=SPREAD
+            )
             axes.bar_label(drawn, fmt=form, padding=2, fontsize=7, color="#4b5563")
         axes.set(
             xlim=(0, 1.06 * scale), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1"
@@ -58,24 +63,22 @@ def bars(
         return _svg(figure)
 
 
-def lines(
-    series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, axis: str, doubling: bool
-) -> str:
-    """F1 over a setting: (x, mean, standard deviation) per system; `doubling` draws powers of two evenly."""
+def lines(series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, axis: str) -> str:
+    """F1 over a setting: (x, mean, standard deviation) per system; the values of x stand evenly."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axes = figure.add_subplot()
+        ticks = sorted({x for points in series.values() for x, _, _ in points})
         for number, (name, points) in enumerate(series.items()):
             x, mean, sd = zip(*points, strict=True)
-            color = COLORS[number % len(COLORS)]
-            axes.errorbar(x, mean, yerr=sd, label=name, color=color, marker="o", markersize=3, linewidth=1.4)
-        if doubling:
-            axes.set_xscale("log", base=2)
-            ticks = sorted({x for points in series.values() for x, _, _ in points})
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            places, color = [ticks.index(one) for one in x], COLORS[number % len(COLORS)]
+            axes.errorbar(
+                places, mean, yerr=sd, label=name, color=color, marker="o", markersize=3, linewidth=1.4
+            )
+        axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         axes.set(xlabel=axis, ylabel="F1", title=title)
         if series:
             axes.legend(fontsize=8)

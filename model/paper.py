@@ -448,28 +448,33 @@ def bar_figure(
         for corpus in corpora
         if any(of(results, corpus, model) for _, model in models if model != OURS)
     ]
-    groups = {
-        label: {corpus: 100 * statistics.fmean(f1) for corpus in varied if (f1 := of(results, corpus, model))}
+    found = {
+        label: {corpus: mean_and_sd(f1) for corpus in varied if (f1 := of(results, corpus, model))}
         for label, model in models
     }
-    groups = {label: one for label, one in groups.items() if one}
-    return charts.bars(groups, {}, title=title, percent=True) if groups else ""
+    found = {label: one for label, one in found.items() if one}
+    means, spread = (
+        {label: {corpus: pair[part] for corpus, pair in one.items()} for label, one in found.items()}
+        for part in (0, 1)
+    )
+    return charts.bars(means, {}, title=title, percent=True, spread=spread) if found else ""
+
+
+def mean_and_sd(f1: Sequence[float]) -> tuple[float, float]:
+    """In per cent; of one alone the deviation is 0."""
+    return 100 * statistics.fmean(f1), 100 * statistics.stdev(f1) if len(f1) > 1 else 0.0
 
 
 def line_figure(
     results: Results, corpora: Sequence[str], points: Sequence[tuple[float, str]], title: str, axis: str
 ) -> str:
-    """Figures 5 and 6: F1 over a setting, one line per corpus; "" where none ran."""
+    """Figures 5 and 6: F1 over a setting, a line for each corpus where several values ran; "" without."""
     lines = {
-        corpus: [
-            (x, 100 * statistics.fmean(f1), 100 * statistics.stdev(f1) if len(f1) > 1 else 0.0)
-            for x, model in points
-            if (f1 := of(results, corpus, model))
-        ]
+        corpus: [(x, *mean_and_sd(f1)) for x, model in points if (f1 := of(results, corpus, model))]
         for corpus in corpora
     }
-    lines = {corpus: found for corpus, found in lines.items() if found}
-    return charts.lines(lines, title=title, axis=axis, doubling=axis == "maximal length") if lines else ""
+    lines = {corpus: found for corpus, found in lines.items() if len(found) > 1}
+    return charts.lines(lines, title=title, axis=axis) if lines else ""
 
 
 def of(results: Results, corpus: str, model: str) -> list[float]:
