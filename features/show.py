@@ -10,6 +10,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,10 +135,19 @@ def sheet(corpus: str) -> "Image.Image":
                 cell.thumbnail((CELL_PX - 4, CELL_PX - 4), Image.Resampling.LANCZOS)
             else:
                 told = rows["ocr"]["status"]
-                cell = Image.new("RGB", (CELL_PX - 4, CELL_PX - 4), FAILED_RGB)
+                cell = _card(rows["images"]["error"] or told)
             made.paste(cell, place)
             canvas.text((place[0] + 2, place[1] - FONT_PX - 4), f"{asin}: {told}", font=_font(), fill="black")
     return made
+
+
+def _card(text: str) -> "Image.Image":
+    from PIL import Image, ImageDraw
+
+    card = Image.new("RGB", (CELL_PX - 4, CELL_PX - 4), FAILED_RGB)
+    wrapped = textwrap.fill(text, (CELL_PX - 24) // (FONT_PX * 2 // 3), max_lines=CELL_PX // (2 * FONT_PX))
+    ImageDraw.Draw(card).text((10, 10), wrapped, font=_font(), fill="black")
+    return card
 
 
 def save_sheet(corpus: str, output: Path) -> list[str]:

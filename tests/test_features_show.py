@@ -138,3 +138,5 @@ def test_the_sheet_shows_the_surest_the_least_sure_and_the_failed(many, tmp_path
     assert tuple(cells[2 * height + middle, 10]) == show.FAILED_RGB
     assert tuple(cells[2 * height + middle, 3 * show.CELL_PX + 10]) == (255, 255, 255)
     assert (cells[:height] == show.LINE_RGB).all(axis=2).any()
+    card = cells[2 * height + 2 * show.FONT_PX : 3 * height, : show.CELL_PX - 4]
+    assert (card < 60).any(), "no reason is written into it"
