@@ -416,11 +416,8 @@ def run(corpus: str, name: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("corpus", metavar="CORPUS", help="a corpus of params.yaml, its data stages done")
     parser.add_argument("model", metavar="MODEL", help="a model of params.yaml")
     parser.add_argument("seed", metavar="SEED", type=int, help="of weights, order and dropout")

@@ -16,8 +16,9 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
+import msgspec
 import orjson
 
 from pipeline import clean
@@ -34,11 +35,26 @@ BACKSLASH = ord("\\")
 MISSING, UNUSABLE, FOUND = range(3)
 
 
+class Metadata(TypedDict, total=False):
+    """All that anybody asks of a metadata line; half of a line's bulk is something else."""
+
+    asin: Any
+    title: Any
+    brand: Any
+    feature: Any
+    description: Any
+    price: Any
+    main_cat: Any
+    image: Any
+    imageURL: Any
+    imageURLHighRes: Any
+
+
 class Record(NamedTuple):
     """One metadata line that was asked for, its text cleaned; `product` is what `wanted` says of its asin."""
 
     product: int
-    metadata: dict[str, Any]
+    metadata: Metadata
     paragraphs: list[tuple[str, str]]
 
 
@@ -55,6 +71,19 @@ def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int
             return last[1] in wanted
     named = NAMED.findall(block, begin, end)
     return not named or any(asin in wanted or b"\\" in asin for asin in named)
+
+
+READ = msgspec.json.Decoder(Metadata)
+
+
+def read(line: bytes, where: str, tally: Tally) -> Metadata | None:
+    """`parse` for who asks for no more than `Metadata`: the rest of the line is checked, but not made."""
+    try:
+        if line.isascii() or line.decode():  # of texts that it passes over, msgspec does not check the bytes
+            return READ.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    return cast("Metadata | None", parse(line, where, tally))
 
 
 def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) -> Iterator[Record]:
@@ -76,7 +105,7 @@ def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) ->
         name = path.name
         for number, line in numbered(path, tally, is_wanted):
             where = f"{name}:{number}"
-            metadata = parse(line, where, tally)
+            metadata = read(line, where, tally)
             if metadata is None:
                 continue
             asin = metadata.get("asin")

@@ -11,8 +11,10 @@ from typing import Any
 import metadata_oracle as oracle
 import pytest
 from conftest import ROOT, SHARED_DATA
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from pipeline import clean, lines, mave
+from pipeline import amazon, clean, lines, mave
 from pipeline.tally import Tally
 
 GIFT_CARDS = SHARED_DATA / "amazon-gift-cards" / "meta_Gift_Cards.json.gz"
@@ -177,6 +179,60 @@ def test_lines_that_nobody_wants_are_passed_over_wherever_blocks_end(
     assert list(lines.numbered(path, tally, is_wanted)) == [(1, b"+one"), (6, b"+" * 9), (9, b"+last")]
     assert set(asked) - {b"", b"  "} == {b"+one", b"-two", b"-", b"+" * 9, b"-no", b"+last"}
     assert tally.examples == {"line too long": ["m.jsonl:4"]}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from([*mave.Metadata.__annotations__, "also_buy", "similar_item", "tech1"])
+
+
+@st.composite
+def maybe_damaged_lines(draw: st.DrawFn) -> bytes:
+    """An object with fields of both kinds, at times with a piece cut out, doubled or overwritten."""
+    row = draw(st.dictionaries(FIELDS, JSON, max_size=5))
+    line = json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    begin, end = sorted(draw(st.tuples(*2 * [st.integers(0, len(line))])))
+    piece = draw(
+        st.sampled_from([None, b"", line[begin:end] * 2, b"\xff", b"\\q", b"\x01", b'"', b"\\ud800"])
+    )
+    return line if piece is None else line[:begin] + piece + line[end:]
+
+
+@given(maybe_damaged_lines())
+@example(b'{"asin": "B000000001", "tech1": "\xff"}')
+def test_fields_that_are_asked_for_are_read_as_the_standard_library_reads_them(line: bytes) -> None:
+    tally = Tally()
+    found = mave.read(line, "here", tally)
+    try:
+        expected = json.loads(line)
+    except (ValueError, RecursionError):
+        expected = None
+    if not isinstance(expected, dict):
+        assert found is None
+        assert tally.counts == {"malformed line": 1}
+        return
+    asked = mave.Metadata.__annotations__
+    assert found is not None
+    assert repr({name: found[name] for name in found if name in asked}) == repr(  # NaN is not itself
+        {name: expected[name] for name in expected if name in asked}
+    )
+
+
+def test_nobody_asks_for_a_field_that_is_not_read() -> None:
+    asked = set()
+
+    class Asked(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            asked.add(name)
+            return default
+
+    clean.paragraphs(Asked())
+    amazon.image_urls(Asked())
+    amazon.root_category(Asked())
+    assert asked == set(mave.Metadata.__annotations__)
 
 
 def test_who_stops_reading_a_gzip_early_leaves_no_thread_that_unzips_the_rest(tmp_path, monkeypatch) -> None:
