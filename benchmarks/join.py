@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
 BEAM = ROOT / "benchmarks/peers/join_beam.py"
-LINES, LABELLED, LINE_BYTES = 40_000, 0.22, 6800
+LINES, LABELLED, LINE_BYTES = 120_000, 0.22, 6800
 ALL_LABELS = 3_474_518  # positives and negatives of MAVE
 READERS = {
     "gzip": "import gzip; opened = gzip.open(path)",

@@ -2,28 +2,25 @@
 
 import itertools
 import json
-import queue
-import threading
-import zlib
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
-from isal import igzip, isal_zlib
+from isal import igzip
 
-from pipeline import progress
+from pipeline import progress, unzip
 from pipeline.tally import Tally
+from pipeline.unzip import BLOCK_BYTES, DAMAGED, GZIP_MAGIC
 
-BLOCK_BYTES = 1 << 18  # so that what one thread unzips is still in the cache when another looks at it
 MAX_LINE_BYTES = 64 << 20
-TOLD_EVERY = 16  # blocks of which one asks the file where it is, which may wait for the interpreter
-AHEAD = 8  # blocks that are unzipped while others are worked on
-UNZIPS = "unzips ahead"  # name of the thread that does
-GZIP_MAGIC = b"\x1f\x8b"
+TOLD_EVERY = 16  # blocks of which one moves the bar
+LARGE_BYTES = 8 << 20  # zipped, from which on a process beside this one is worth its start
+PIPE_BYTES = 1 << 20
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
-DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
 def _always(block: bytes, begin: int, end: int) -> bool:
@@ -47,7 +44,7 @@ def numbered(
             return False
         return bool(line) and not line.isspace()
 
-    with closing(_ahead(_blocks(path)) if _is_zipped(path) else _blocks(path)) as blocks:
+    with closing(_unzipped_beside(path) if _is_large_and_zipped(path) else _blocks(path)) as blocks:
         for block in blocks:
             begin = 0
             while (end := block.find(b"\n", begin)) >= 0:  # one at a time: the memory of a line stays warm
@@ -99,18 +96,21 @@ def opened(path: Path) -> Iterator[Any]:
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("rb", buffering=BLOCK_BYTES))
         try:
-            while file.peek(2)[:2] == GZIP_MAGIC:
-                file = stack.enter_context(igzip.IGzipFile(fileobj=file, mode="rb"))
+            file = unzip.unzipped(file, stack)
             if file.peek(len(LFS_MAGIC))[: len(LFS_MAGIC)] == LFS_MAGIC:
                 raise ValueError(f"{path} is a Git LFS pointer, not the data: fetch the file it points at")
             yield file
         except DAMAGED as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}") from error
+            raise _damaged(path, str(error)) from error
 
 
-def _is_zipped(path: Path) -> bool:
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged or cut short: {why}")
+
+
+def _is_large_and_zipped(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(2) == GZIP_MAGIC
+        return path.stat().st_size >= LARGE_BYTES and file.read(2) == GZIP_MAGIC
 
 
 def _blocks(path: Path) -> Generator[bytes, None, None]:
@@ -127,32 +127,28 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
             yield block
 
 
-def _ahead(blocks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-    """The same blocks, made by a thread meanwhile: unzipping does not hold the interpreter's lock."""
-    made: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
-    places: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: nobody wants more
-    for _ in range(AHEAD):
-        places.put(True)
-
-    def make() -> None:
+def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
+    """`_blocks` from a process beside this one: a thread would wait for this interpreter's lock."""
+    command, pipe = [sys.executable, "-I", unzip.__file__], subprocess.PIPE
+    with (
+        path.open("rb", buffering=0) as file,  # the two share its place in the file
+        progress.of_bytes(path, path.stat().st_size) as bar,
+        subprocess.Popen(
+            command, stdin=file, stdout=pipe, stderr=pipe, bufsize=0, pipesize=PIPE_BYTES
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
         try:
-            with closing(blocks):
-                for block in blocks:
-                    if not places.get():
-                        return
-                    made.put(block)
-            made.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised where the blocks are wanted
-            made.put(error)
-
-    thread = threading.Thread(target=make, name=UNZIPS, daemon=True)
-    thread.start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            places.put(True)
-    finally:
-        places.put(False)
-        thread.join()
+            for number in itertools.count(1):
+                block = process.stdout.read(BLOCK_BYTES)
+                if number % TOLD_EVERY == 0 or not block:
+                    bar.update(file.tell() - bar.n)
+                if not block:
+                    break
+                yield block
+            if status := process.wait():
+                why = process.stderr.read().decode(errors="replace").strip()
+                raise _damaged(path, why or f"what unzips it ended with {status}")
+        finally:
+            process.kill()

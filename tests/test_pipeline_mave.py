@@ -3,12 +3,11 @@ import json
 import random
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import metadata_oracle as oracle
+import psutil
 import pytest
 from conftest import ROOT, SHARED_DATA
 from hypothesis import example, given
@@ -36,6 +35,13 @@ def product(asin: str, title: Any, **more: Any) -> dict[str, Any]:
 def joined(folder: Path, metadata: list[Path], labels: list[Path]) -> tuple[list[dict[str, Any]], Tally]:
     tally = mave.join(metadata, labels, folder / "out.jsonl")
     return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()], tally
+
+
+@pytest.fixture(params=["in this process", "beside it"])
+def unzipping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Files of any size are unzipped here, or by a process of their own."""
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0 if request.param == "beside it" else 1 << 40)
+    return request.param
 
 
 def test_one_full_line_is_written_per_label_line_sorted_by_id(tmp_path: Path) -> None:
@@ -101,7 +107,9 @@ def test_a_line_with_paragraphs_needs_no_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_plain_gzipped_and_twice_gzipped_files_are_read_alike(tmp_path: Path, layers: int) -> None:
+def test_plain_gzipped_and_twice_gzipped_files_are_read_alike(
+    tmp_path: Path, layers: int, unzipping: str
+) -> None:
     data = json.dumps(product("B000000001", "One")).encode() + b"\n"
     for _ in range(layers):
         data = gzip.compress(data)
@@ -235,31 +243,36 @@ def test_nobody_asks_for_a_field_that_is_not_read() -> None:
     assert asked == set(mave.Metadata.__annotations__)
 
 
-def test_who_stops_reading_a_gzip_early_leaves_no_thread_that_unzips_the_rest(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
+def test_who_stops_reading_a_gzip_early_leaves_no_process_that_unzips_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     path = tmp_path / "m.json.gz"
-    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(10_000))))
-    made: list[bytes] = []
-    monkeypatch.setattr(lines, "_blocks", lambda path, all_of=lines._blocks: noted(all_of(path), made))
+    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(100_000))))
+    before = psutil.Process().children()
     reading = lines.numbered(path, Tally())
     assert next(reading) == (1, b"%030d" % 0)
-    assert lines.UNZIPS in [thread.name for thread in threading.enumerate()]
+    assert len(psutil.Process().children()) == len(before) + 1
     reading.close()
-    assert lines.UNZIPS not in [thread.name for thread in threading.enumerate()]
-    assert 0 < len(made) <= 2 * lines.AHEAD + 2
+    assert psutil.Process().children() == before
 
 
-def noted(blocks: Iterator[bytes], made: list[bytes]) -> Iterator[bytes]:
-    for block in blocks:
-        made.append(block)
-        yield block
-
-
-def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path, unzipping: str) -> None:
     path = tmp_path / "m.json.gz"
     path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
-    with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short"):
+    with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short: \w+"):
         list(lines.numbered(path, Tally()))
+
+
+def test_a_killed_unzipping_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(100_000))))
+    reading = lines.numbered(path, Tally())
+    next(reading)
+    psutil.Process().children()[-1].kill()
+    with pytest.raises(ValueError, match=r"m\.json\.gz is .*: what unzips it ended with -9"):
+        list(reading)
 
 
 def test_a_git_lfs_pointer_is_an_error_that_says_so(tmp_path: Path) -> None:
