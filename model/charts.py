@@ -45,18 +45,26 @@ def bars(
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.8 + len(names) * (0.12 + 0.14 * len(systems))), layout="constrained")
         axes = figure.add_subplot()
+        furthest: float = scale
         for number, (system, scores) in enumerate(systems.items()):
             color = FLOOR if system == "floor" else COLORS[number % len(COLORS)]
             there = [row for row, name in enumerate(names) if name in scores]  # no bar is no score
             places = [row + 0.4 - (number + 0.5) * height for row in there]
             lengths = [scores[names[row]] for row in there]
-            deviations = [spread[system][names[row]] for row in there] if spread else None
+            sd = [spread[system][names[row]] if spread else 0.0 for row in there]
             drawn = axes.barh(
-                places, lengths, height * 0.92, xerr=deviations, label=system, color=color, error_kw=SPREAD
+                places,
+                lengths,
+                height * 0.92,
+                xerr=sd if spread else None,
+                label=system,
+                color=color,
+                error_kw=SPREAD,
             )
             axes.bar_label(drawn, fmt=form, padding=2, fontsize=7, color="#4b5563")
+            furthest = max([furthest, *(length + more for length, more in zip(lengths, sd, strict=True))])
         axes.set(
-            xlim=(0, 1.06 * scale), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1"
+            xlim=(0, 1.06 * furthest), yticks=range(len(names)), yticklabels=names, title=title, xlabel="F1"
         )
         axes.tick_params(left=False)
         figure.legend(loc="outside lower center", ncols=max(1, min(4, len(systems))), fontsize=8)

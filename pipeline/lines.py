@@ -1,11 +1,12 @@
 """JSON lines of files that are plain, gzipped or gzipped twice, as a stream; unusable ones are counted."""
 
+import fcntl
 import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,12 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
     with (
         path.open("rb", buffering=0) as file,  # the two share its place in the file
         progress.of_bytes(path, path.stat().st_size) as bar,
-        subprocess.Popen(
-            command, stdin=file, stdout=pipe, stderr=pipe, bufsize=0, pipesize=PIPE_BYTES
-        ) as process,
+        subprocess.Popen(command, stdin=file, stdout=pipe, stderr=pipe, bufsize=0) as process,
     ):
         assert process.stdout is not None
         assert process.stderr is not None
+        with suppress(OSError):  # the system allows a user so much of it
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             for number in itertools.count(1):
                 block = process.stdout.read(BLOCK_BYTES)
@@ -147,8 +148,10 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
                 if not block:
                     break
                 yield block
-            if status := process.wait():
-                why = process.stderr.read().decode(errors="replace").strip()
-                raise _damaged(path, why or f"what unzips it ended with {status}")
+            status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
+            if status == unzip.IS_DAMAGED:
+                raise _damaged(path, told)
+            if status:
+                raise OSError(f"{path} could not be unzipped: that ended with {status} {told}".rstrip())
         finally:
             process.kill()

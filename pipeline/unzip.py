@@ -10,6 +10,7 @@ from isal import igzip, isal_zlib
 
 BLOCK_BYTES = 1 << 18  # so that what one process unzips is still in the cache when another looks at it
 GZIP_MAGIC = b"\x1f\x8b"
+IS_DAMAGED = 65  # the exit status for bad input, as in sysexits.h
 DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
@@ -30,7 +31,8 @@ def main() -> None:
     except BrokenPipeError:  # nobody reads any more, nor what closing would say of it
         os._exit(1)
     except DAMAGED as error:
-        sys.exit(str(error))
+        sys.stderr.write(str(error))
+        sys.exit(IS_DAMAGED)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,13 @@ def test_figures_without_numbers_are_not_drawn():
     assert charts.curves({"smartave": [[{"step": 1, "rate": 2}]]}, title="Curves") is None
 
 
+def test_every_bar_has_its_number_however_far_its_deviation_reaches():
+    bars = {"steady": {"mine": 50.0}, "collapsed once": {"mine": 90.0}}
+    spread = {"steady": {"mine": 0.0}, "collapsed once": {"mine": 17.3}}
+    drawn = charts.bars(bars, {}, title="Bars", percent=True, spread=spread)
+    assert all(f">{number}<" in drawn for number in ("50.0", "90.0"))
+
+
 def test_the_paper_s_tables_and_figures_come_from_what_is_kept(corpus):
     score = [0.5, 0.5, 0.5, 30]
     groups = {"by_origin": {"text": score}, "in_ocr": {"read": score}, "by_attribute": {"Color": score}}
