@@ -10,7 +10,7 @@ def keep_freed() -> None:
     """Let this process keep the memory that it frees, for what it allocates next, until `give_back`.
 
     glibc gives large blocks back, and the system clears every page of the next ones: a tenth to a fifth of
-    what a detector's maps of 80 MB cost, up to a tenth of a training step. For processes that do nothing else.
+    what a detector's maps of 80 MB cost, up to a tenth of training. For processes that do nothing else.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
