@@ -18,7 +18,6 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdModel
 from transformers.models.longformer.modeling_longformer import LongformerModel
 
 from benchmarks.timing import best_s, machine, matmul_peak
-from features.memory import keep_freed
 from model.encoder import Encoder
 from model.packed import pack, packed_encoder
 
@@ -130,7 +129,6 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    keep_freed()  # as the trainer does
     torch.manual_seed(0)
     repeats = int(os.environ.get("REPEATS", "5"))
     print(f"encoder layer, forward + backward; {machine()}")

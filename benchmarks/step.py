@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from benchmarks.timing import best_s, machine, matmul_peak
-from features.memory import keep_freed
 from model.encoder import Encoder
 from model.examples import Product, Question
 from model.packed import pack, packed_encoder
@@ -141,7 +140,6 @@ def joint() -> None:
 
 
 def main() -> None:
-    keep_freed()  # as the trainer does
     torch.manual_seed(0)
     print(machine())
     whole_steps()
