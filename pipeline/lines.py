@@ -119,13 +119,18 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
             raw = raw.fileobj
-        for number in itertools.count(1):
-            block = file.read(BLOCK_BYTES)
-            if number % TOLD_EVERY == 0 or not block:
-                bar.update(raw.tell() - bar.n)
-            if not block:
-                return
-            yield block
+        yield from _read(file, raw, bar)
+
+
+def _read(file: Any, raw: Any, bar: Any) -> Generator[bytes, None, None]:
+    """Blocks of `file`; `bar` shows the place in `raw`, the file on disk that they come from."""
+    for number in itertools.count(1):
+        block = file.read(BLOCK_BYTES)
+        if number % TOLD_EVERY == 0 or not block:
+            bar.update(raw.tell() - bar.n)
+        if not block:
+            return
+        yield block
 
 
 def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
@@ -141,13 +146,7 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
         with suppress(OSError):  # the system allows a user so much of it
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
-            for number in itertools.count(1):
-                block = process.stdout.read(BLOCK_BYTES)
-                if number % TOLD_EVERY == 0 or not block:
-                    bar.update(file.tell() - bar.n)
-                if not block:
-                    break
-                yield block
+            yield from _read(process.stdout, file, bar)
             status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
             if status == unzip.IS_DAMAGED:
                 raise _damaged(path, told)
