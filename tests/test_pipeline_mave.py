@@ -10,7 +10,7 @@ import metadata_oracle as oracle
 import psutil
 import pytest
 from conftest import ROOT, SHARED_DATA
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import amazon, clean, lines, mave
@@ -209,6 +209,7 @@ def maybe_damaged_lines(draw: st.DrawFn) -> bytes:
     return line if piece is None else line[:begin] + piece + line[end:]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test is timed
 @given(maybe_damaged_lines())
 @example(b'{"asin": "B000000001", "tech1": "\xff"}')
 def test_fields_that_are_asked_for_are_read_as_the_standard_library_reads_them(line: bytes) -> None:
