@@ -31,6 +31,7 @@ __all__ = ["MAX_LINE_BYTES", "Record", "join", "may_be_wanted", "opened", "parse
 
 KEY = b'"asin"'
 NAMED = re.compile(rb'"asin"\s*:\s*"([^"]*)"')
+PLAINLY_NAMED = re.compile(rb'"asin"\s*:\s*"([^"\\]*)"')
 BACKSLASH = ord("\\")
 MISSING, UNUSABLE, FOUND = range(3)
 
@@ -65,9 +66,9 @@ def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int
     own and the one that counts.
     """
     at = block.rfind(KEY, begin, end)
-    if at > begin and block[at - 1] != BACKSLASH and (last := NAMED.match(block, at, end)):
+    if at > begin and block[at - 1] != BACKSLASH and (last := PLAINLY_NAMED.match(block, at, end)):
         after = last.end()
-        if block.find(b"{", after, end) < 0 and block.count(b"}", after, end) == 1 and b"\\" not in last[1]:
+        if block.find(b"{", after, end) < 0 and block.count(b"}", after, end) == 1:
             return last[1] in wanted
     named = NAMED.findall(block, begin, end)
     return not named or any(asin in wanted or b"\\" in asin for asin in named)

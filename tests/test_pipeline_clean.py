@@ -147,6 +147,22 @@ def test_the_fast_form_equals_the_slow_one(pieces: list[str], source: str) -> No
     assert quickly(raw, source) == oracle.cleaned(raw, source)
 
 
+WORDS = ("div", "divan", "px", "3px", "#", ".", ".a", "-", "a-b-c", "li:", "x.aloha", "javascript:", "\t", "")
+BLANKS = st.sampled_from((" ", " ", " ", " ", " ", "", "  ", "\x1c"))
+LONG_PIECES = st.lists(st.tuples(st.sampled_from((*WORDS[:9], *["word"] * 40, *WORDS)), BLANKS), max_size=120)
+
+
+@settings(max_examples=400, deadline=None)
+@given(LONG_PIECES, st.integers(0, 70))
+def test_a_long_text_is_looked_through_at_any_place_as_by_the_slow_form(
+    pieces: list[tuple[str, str]], num_before: int
+) -> None:
+    raw = "w" * num_before + "".join(word + blank for word, blank in pieces)
+    cleaned = clean.paragraphs({"title": "a title", "feature": raw})
+    expected = oracle.cleaned(raw.strip(), "feature") if raw.strip() else None
+    assert cleaned == [("a title", "title"), *([] if expected is None else [(expected, "feature")])]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_characters="<&"), max_size=60))
 def test_text_without_the_two_special_characters_passes_the_parser_unchanged(raw: str) -> None:
