@@ -65,6 +65,7 @@ def test_a_date_call_outside_a_title_is_no_reason() -> None:
 def test_css_needs_more_than_twenty_tokens_and_more_than_thirty_percent() -> None:
     assert not clean.is_css(" ".join(["3px"] * 20))
     assert clean.is_css(" ".join(["3px"] * 21))
+    assert clean.is_css(" ".join(["div"] + ["3px"] * 20))
     assert not clean.is_css(" ".join(["3px"] * 21 + ["word"] * 49))
     assert clean.is_css(" ".join(["3px"] * 22 + ["word"] * 49))
 

@@ -244,15 +244,24 @@ def test_nobody_asks_for_a_field_that_is_not_read() -> None:
     assert asked == set(mave.Metadata.__annotations__)
 
 
+MANY_LINES = b"".join(b"%099d\n" % number for number in range(100_000))  # more than is unzipped in advance
+
+
+def test_a_large_gzip_is_read_whole_whoever_unzips_it(tmp_path: Path, unzipping: str) -> None:
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(MANY_LINES, 1))
+    assert b"".join(line + b"\n" for _, line in lines.numbered(path, Tally())) == MANY_LINES
+
+
 def test_who_stops_reading_a_gzip_early_leaves_no_process_that_unzips_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     path = tmp_path / "m.json.gz"
-    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(100_000))))
+    path.write_bytes(gzip.compress(MANY_LINES))
     before = psutil.Process().children()
     reading = lines.numbered(path, Tally())
-    assert next(reading) == (1, b"%030d" % 0)
+    assert next(reading) == (1, b"%099d" % 0)
     assert len(psutil.Process().children()) == len(before) + 1
     reading.close()
     assert psutil.Process().children() == before
@@ -268,7 +277,7 @@ def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path, unzipp
 def test_a_killed_unzipping_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     path = tmp_path / "m.json.gz"
-    path.write_bytes(gzip.compress(b"".join(b"%030d\n" % number for number in range(100_000))))
+    path.write_bytes(gzip.compress(MANY_LINES))
     reading = lines.numbered(path, Tally())
     next(reading)
     psutil.Process().children()[-1].kill()
