@@ -1,12 +1,13 @@
 """JSON lines of files that are plain, gzipped or gzipped twice, as a stream; unusable ones are counted."""
 
-import fcntl
-import itertools
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from pipeline.unzip import BLOCK_BYTES, DAMAGED, GZIP_MAGIC
 MAX_LINE_BYTES = 64 << 20
 TOLD_EVERY = 16  # blocks of which one moves the bar
 LARGE_BYTES = 8 << 20  # zipped, from which on a process beside this one is worth its start
-PIPE_BYTES = 1 << 20
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 
 
@@ -119,38 +119,44 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
             raw = raw.fileobj
-        yield from _read(file, raw, bar)
+        yield from _told(iter(lambda: file.read(BLOCK_BYTES), b""), raw, bar)
 
 
-def _read(file: Any, raw: Any, bar: Any) -> Generator[bytes, None, None]:
-    """Blocks of `file`; `bar` shows the place in `raw`, the file on disk that they come from."""
-    for number in itertools.count(1):
-        block = file.read(BLOCK_BYTES)
-        if number % TOLD_EVERY == 0 or not block:
+def _told(blocks: Iterable[bytes], raw: Any, bar: Any) -> Generator[bytes, None, None]:
+    """`blocks`; `bar` shows the place in `raw`, the file on disk that they come from."""
+    for number, block in enumerate(blocks, 1):
+        if number % TOLD_EVERY == 0:
             bar.update(raw.tell() - bar.n)
-        if not block:
-            return
         yield block
+    bar.update(raw.tell() - bar.n)
 
 
 def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
     """`_blocks` from a process beside this one: a thread would wait for this interpreter's lock."""
-    command, pipe = [sys.executable, "-I", unzip.__file__], subprocess.PIPE
+    here, there = socket.socketpair()
     with (
+        here,
+        there,
         path.open("rb", buffering=0) as file,  # the two share its place in the file
+        tempfile.TemporaryFile() as shared,
         progress.of_bytes(path, path.stat().st_size) as bar,
-        subprocess.Popen(command, stdin=file, stdout=pipe, stderr=pipe, bufsize=0) as process,
     ):
-        assert process.stdout is not None
-        assert process.stderr is not None
-        with suppress(OSError):  # the system allows a user so much of it
-            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        try:
-            yield from _read(process.stdout, file, bar)
-            status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
-            if status == unzip.IS_DAMAGED:
-                raise _damaged(path, told)
-            if status:
-                raise OSError(f"{path} could not be unzipped: that ended with {status} {told}".rstrip())
-        finally:
-            process.kill()
+        shared.truncate(unzip.SLOTS * unzip.SLOT_BYTES)
+        command = [sys.executable, "-I", unzip.__file__, str(shared.fileno())]
+        with (
+            mmap(shared.fileno(), 0) as memory,
+            subprocess.Popen(
+                command, stdin=file, stdout=there.fileno(), stderr=subprocess.PIPE, pass_fds=[shared.fileno()]
+            ) as process,
+        ):
+            there.close()
+            assert process.stderr is not None
+            try:
+                yield from _told(unzip.filled(memory, here), file, bar)
+                status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
+                if status == unzip.IS_DAMAGED:
+                    raise _damaged(path, told)
+                if status:
+                    raise OSError(f"{path} could not be unzipped: that ended with {status} {told}".rstrip())
+            finally:
+                process.kill()
