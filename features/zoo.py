@@ -1,12 +1,12 @@
 """detectron2's model-zoo detectors: downloaded, checked, and converted once to what features.detector reads.
 
-    python -m features.zoo faster_rcnn_R_101_C4_3x weights/coco-c4.safetensors
-    python -m features.zoo faster_rcnn_R_101_FPN_3x weights/coco-fpn.safetensors --sha256 HEX
+    python -m features.zoo faster_rcnn_R_101_FPN_3x weights/coco-fpn.safetensors
+    python -m features.zoo faster_rcnn_R_101_C4_3x weights/coco-c4.safetensors --sha256 HEX
     python -m features.zoo https://HOST/visual_genome.pkl weights/vg.safetensors --sha256 HEX
 
-The zoo publishes no sha256: it puts the first digits of a file's MD5 into its name, which are checked. FPN's
-is pinned here, by a public copy of the file; a second source was not found, nor one at all for C4's. There
-the sha256 found is told, to be pinned with --sha256 from then on; other addresses are pinned from the start.
+Only what is pinned by sha256 is opened. The zoo publishes none: it puts the first digits of a file's MD5 into
+its name, which are checked too. FPN's is pinned here, by a public copy of the file. For C4's none was found:
+without --sha256 it is downloaded, its sha256 is told, and it is opened by who passes that.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MD5_IN_NAME = re.compile(r"model_final_([0-9a-f]{6,32})\.pkl")
 
 
 def fetch(model: str, output: Path, *, sha256: str | None = None, plain_http: Collection[str] = ()) -> str:
-    """A sentence on what was written. Raises `ValueError` for what is unknown, altered or no detector."""
+    """A sentence on what was written. Raises `ValueError` for what is unknown, not pinned or no detector."""
     url = MODELS.get(model, model)
     if not urlsplit(url).scheme:
         raise ValueError(f"{model} is neither an address nor one of {', '.join(MODELS)}")
@@ -48,9 +48,13 @@ def fetch(model: str, output: Path, *, sha256: str | None = None, plain_http: Co
             found = hashlib.file_digest(file, "md5").hexdigest()
         if not found.startswith(digits[1]):
             raise ValueError(f"{url} has the MD5 {found}, and its name says {digits[1]}")
+    if sha256 is None:
+        raise ValueError(
+            f"{url} is here, but nobody publishes its sha256 to check it by; its MD5 begins as its name "
+            f"says. If you trust it, open it with\n  --sha256 {sha256_of(path)}"
+        )
     variant = convert.convert(path, output, form=Path(name).suffix)
-    pin = sha256_of(path)
-    return f"{output}: set regions.weights to it, and regions.variant to {variant}; pin: --sha256 {pin}"
+    return f"{output}: set regions.weights to it, and regions.variant to {variant}"
 
 
 def main() -> None:

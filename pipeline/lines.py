@@ -141,7 +141,8 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
         tempfile.TemporaryFile() as shared,
         progress.of_bytes(path, path.stat().st_size) as bar,
     ):
-        shared.truncate(unzip.SLOTS * unzip.SLOT_BYTES)
+        shared.write(bytes(unzip.SLOTS * unzip.SLOT_BYTES))  # so that a full disk is an error here
+        shared.flush()
         command = [sys.executable, "-I", unzip.__file__, str(shared.fileno())]
         with (
             mmap(shared.fileno(), 0) as memory,

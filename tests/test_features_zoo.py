@@ -27,8 +27,12 @@ def test_a_checkpoint_of_the_zoo_is_downloaded_checked_and_converted(checkpoint,
     with serving({name_of(checkpoint): checkpoint}) as server:
         monkeypatch.setitem(zoo.MODELS, "tiny", server.url(name_of(checkpoint)))
         output = tmp_path / "weights" / "c4.safetensors"
-        told = zoo.fetch("tiny", output, plain_http=[server.place])
-        assert told.endswith(f"regions.variant to c4; pin: --sha256 {pin}")
+        with pytest.raises(ValueError, match=f"nobody publishes its sha256 .*\n.*--sha256 {pin}$"):
+            zoo.fetch("tiny", output, plain_http=[server.place])
+        assert not output.exists()
+        told = zoo.fetch("tiny", output, sha256=pin, plain_http=[server.place])
+        assert told.endswith("regions.variant to c4")
+        assert server.hits[name_of(checkpoint)] == 1  # the second time it was there
         model = detector.load(output, "c4")
         assert torch.equal(
             model.state_dict()["stem.0.weight"], detectron2_state("c4")["backbone.stem.conv1.weight"]
