@@ -52,7 +52,8 @@ def paragraphs(record: Mapping[str, Any], tally: Tally | None = None) -> list[tu
             texts.append(text)
     if not unmarked:
         return []
-    # All together first: looked at as one text, nearly every record needs nothing more.
+    # All together first: looked at as one text, nearly every record needs nothing more. Blanks before the
+    # others: a text with half of a surrogate pair is no good there, and stringzilla would not survive it.
     whole = "| ".join(texts)
     if _has_single_blanks(whole) and not is_html(whole) and _max_css(whole) <= CSS_TOKENS:
         return unmarked
@@ -147,14 +148,17 @@ def without_markup(html: str) -> str:
 
 
 def is_html(text: str) -> bool:
-    """Whether one of the six signs of markup or script is left in the text."""
+    """Whether one of the six signs of markup or script is left in `text`, which has no lone surrogates."""
     if ("<" in text and "<a href" in text) or sz.contains(text, ".aloha"):
         return True
     return ":" in text and any(sz.contains(text, sign) for sign in COLON_SIGNS)
 
 
 def is_css(text: str) -> bool:
-    """Whether more than 20 tokens, and more than 30 % of them, look like CSS; `text` has single blanks."""
+    """Whether more than 20 tokens, and more than 30 % of them, look like CSS.
+
+    `text` has single blanks and no lone surrogates.
+    """
     if _max_css(text) <= CSS_TOKENS:
         return False
     tokens = text.split()
@@ -173,7 +177,7 @@ def _max_css(text: str) -> int:
 
 
 def _has_single_blanks(text: str) -> bool:
-    """Whether `split` and `join` would change nothing; False also where a character cannot be printed."""
+    """Whether `split` and `join` would change nothing; False also for what is neither ASCII nor printed."""
     if not text.isascii():
         return text.isprintable() and "  " not in text
     return sz.find_first_of(text, CONTROLS) < 0 and sz.find(text, "  ") < 0

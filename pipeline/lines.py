@@ -154,10 +154,11 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
             assert process.stderr is not None
             try:
                 yield from _told(unzip.filled(memory, here), file, bar)
+            except unzip.Unfinished:
                 status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
                 if status == unzip.IS_DAMAGED:
-                    raise _damaged(path, told)
-                if status:
-                    raise OSError(f"{path} could not be unzipped: that ended with {status} {told}".rstrip())
+                    raise _damaged(path, told) from None
+                why = f"that ended with {status} {told}".rstrip()
+                raise OSError(f"{path} could not be unzipped: {why}") from None
             finally:
                 process.kill()

@@ -17,12 +17,16 @@ from typing import Any
 
 from isal import igzip, isal_zlib
 
-BLOCK_BYTES = 1 << 18  # of what is looked at, so that it is still in the cache for the second look
+BLOCK_BYTES = 1 << 18  # of text, which is still in the cache when its lines are looked for
 SLOTS, SLOT_BYTES = 4, 1 << 20
 LENGTH_BYTES = 4
 GZIP_MAGIC = b"\x1f\x8b"
 IS_DAMAGED = 65  # the exit status for bad input, as in sysexits.h
-DAMAGED: Any = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
+DAMAGED: Any = (EOFError, OverflowError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
+
+
+class Unfinished(Exception):
+    """The process beside ended before the file did."""
 
 
 def unzipped(file: Any, stack: ExitStack) -> Any:
@@ -36,7 +40,7 @@ def fill(memory: mmap, reader: socket.socket, file: Any) -> None:
     slots = memoryview(memory)
     for number in itertools.count():
         if number >= SLOTS and not reader.recv(1):
-            return  # nobody reads any more
+            raise ConnectionAbortedError("nobody reads any more")
         begin = number % SLOTS * SLOT_BYTES
         length = file.readinto(slots[begin : begin + SLOT_BYTES])
         reader.sendall(length.to_bytes(LENGTH_BYTES))
@@ -45,9 +49,14 @@ def fill(memory: mmap, reader: socket.socket, file: Any) -> None:
 
 
 def filled(memory: mmap, filler: socket.socket) -> Iterator[bytes]:
-    """What `fill` puts into `memory`, in blocks; it ends early, without a word, where `fill` dies."""
+    """What `fill` puts into `memory`, in blocks. Raises `Unfinished` where it does not come to its end."""
     for number in itertools.count():
-        length = int.from_bytes(filler.recv(LENGTH_BYTES, socket.MSG_WAITALL))
+        told = b""
+        with suppress(ConnectionError):
+            told = filler.recv(LENGTH_BYTES, socket.MSG_WAITALL)
+        if len(told) < LENGTH_BYTES:
+            raise Unfinished
+        length = int.from_bytes(told)
         if not length:
             return
         begin = number % SLOTS * SLOT_BYTES
@@ -64,7 +73,7 @@ def main() -> None:
             memory = mmap(int(sys.argv[1]), SLOTS * SLOT_BYTES)
             reader = stack.enter_context(socket.socket(fileno=sys.stdout.fileno()))
             fill(memory, reader, unzipped(sys.stdin.buffer, stack))
-    except ConnectionError:  # nobody reads any more
+    except ConnectionError:  # nobody reads any more, nor what closing would say of it
         os._exit(1)
     except DAMAGED as error:
         sys.stderr.write(str(error))

@@ -164,6 +164,15 @@ def test_a_long_text_is_looked_through_at_any_place_as_by_the_slow_form(
     assert cleaned == [("a title", "title"), *([] if expected is None else [(expected, "feature")])]
 
 
+@pytest.mark.parametrize(
+    "raw", ["\ud800", "a \udfff b", "\ud800.aloha", "x " * 50 + "\ud83d <b>y</b>", "\ud800  z"]
+)
+def test_half_of_a_surrogate_pair_is_left_out_of_a_record(raw: str) -> None:
+    cleaned = clean.paragraphs({"title": "a title", "feature": [raw]})
+    expected = oracle.cleaned(raw, "feature")
+    assert cleaned == [("a title", "title"), *([] if expected is None else [(expected, "feature")])]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_characters="<&"), max_size=60))
 def test_text_without_the_two_special_characters_passes_the_parser_unchanged(raw: str) -> None:

@@ -1,8 +1,10 @@
 import gzip
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from conftest import ROOT, SHARED_DATA
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import amazon, clean, lines, mave
+from pipeline import amazon, clean, lines, mave, unzip
 from pipeline.tally import Tally
 
 GIFT_CARDS = SHARED_DATA / "amazon-gift-cards" / "meta_Gift_Cards.json.gz"
@@ -272,6 +274,59 @@ def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path, unzipp
     path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
     with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short: \w+"):
         list(lines.numbered(path, Tally()))
+
+
+LONG_LINES = b"".join(b"%019999d\n" % number for number in range(600))  # looked at faster than unzipped
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.99])
+def test_a_large_gzip_cut_anywhere_is_an_error_that_names_the_file(
+    share: float, tmp_path: Path, unzipping: str
+) -> None:
+    path, whole = tmp_path / "m.json.gz", gzip.compress(LONG_LINES, 1)
+    path.write_bytes(whole[: 20 + round(share * (len(whole) - 30))])
+    with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short: \w+"):
+        list(lines.numbered(path, Tally()))
+
+
+def test_text_that_begins_like_a_gzip_is_damaged(tmp_path: Path, unzipping: str) -> None:
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(b"\x1f\x8b\x08hello\nworld\n" * 100_000))
+    with pytest.raises(ValueError, match=r"m\.json\.gz is damaged or cut short: \w+"):
+        list(lines.numbered(path, Tally()))
+
+
+def test_an_unzipping_that_is_killed_while_slots_are_free_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(LONG_LINES, 1))
+    reading = lines.numbered(path, Tally())
+    next(reading)
+    child = psutil.Process().children()[-1]
+    while child.status() != psutil.STATUS_SLEEPING:  # all slots are full then
+        time.sleep(0.01)
+    child.suspend()
+    for _ in range(2 * unzip.SLOT_BYTES // 20_000 + 20):
+        next(reading)
+    child.kill()
+    with pytest.raises(OSError, match=r"m\.json\.gz could not be unzipped: that ended with -9"):
+        list(reading)
+
+
+def test_a_cut_gzip_is_an_error_where_the_exit_status_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    path = tmp_path / "m.json.gz"
+    path.write_bytes(gzip.compress(LONG_LINES, 1)[:-1000])
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as whoever starts the program may have it
+    try:
+        with pytest.raises(OSError, match=r"m\.json\.gz could not be unzipped: that ended with 0 \w+"):
+            list(lines.numbered(path, Tally()))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_killed_unzipping_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
