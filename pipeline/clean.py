@@ -14,7 +14,7 @@ import stringzilla as sz
 from pipeline.schema import TEXT_SOURCES
 from pipeline.tally import Tally
 
-COLON_SIGNS = ("javascript:", "background-color:", "background-image:", " li:")
+HTML_SIGNS = ("<a href", "javascript:", "background-color:", "background-image:", " li:", ".aloha")
 CONTROLS = "".join(map(chr, range(ord(" "))))
 BLANK = "nothing but markup or blanks"
 NOTHING: list[str] = []
@@ -149,9 +149,7 @@ def without_markup(html: str) -> str:
 
 def is_html(text: str) -> bool:
     """Whether one of the six signs of markup or script is left in `text`, which has no lone surrogates."""
-    if ("<" in text and "<a href" in text) or sz.contains(text, ".aloha"):
-        return True
-    return ":" in text and any(sz.contains(text, sign) for sign in COLON_SIGNS)
+    return any(sz.contains(text, sign) for sign in HTML_SIGNS)
 
 
 def is_css(text: str) -> bool:
@@ -169,18 +167,17 @@ def is_css(text: str) -> bool:
 
 
 def _max_css(text: str) -> int:
-    """How many tokens may look like CSS at most, counted without taking the text apart."""
+    """How many tokens of `text`, with single blanks, may look like CSS at most; it is not taken apart."""
     count = sz.count
-    most = 1 + count(text, " div") + count(text, "px") + count(text, "#") + count(text, "-") // 2
-    dots = count(text, ".")
-    return most + (dots if most + dots <= CSS_TOKENS else count(text, " ."))
+    starts = 1 + count(text, " .") + count(text, " #") + count(text, " div")
+    return starts + count(text, "px") + count(text, "-") // 2
 
 
 def _has_single_blanks(text: str) -> bool:
     """Whether `split` and `join` would change nothing; False also for what is neither ASCII nor printed."""
     if not text.isascii():
         return text.isprintable() and "  " not in text
-    return sz.find_first_of(text, CONTROLS) < 0 and sz.find(text, "  ") < 0
+    return sz.find_first_of(text, CONTROLS) < 0 and not sz.contains(text, "  ")
 
 
 def _texts(data: Any, source: str, tally: Tally) -> list[str]:

@@ -119,10 +119,10 @@ def _blocks(path: Path) -> Generator[bytes, None, None]:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
             raw = raw.fileobj
-        yield from _told(iter(lambda: file.read(BLOCK_BYTES), b""), raw, bar)
+        yield from _with_progress(iter(lambda: file.read(BLOCK_BYTES), b""), raw, bar)
 
 
-def _told(blocks: Iterable[bytes], raw: Any, bar: Any) -> Generator[bytes, None, None]:
+def _with_progress(blocks: Iterable[bytes], raw: Any, bar: Any) -> Generator[bytes, None, None]:
     """`blocks`; `bar` shows the place in `raw`, the file on disk that they come from."""
     for number, block in enumerate(blocks, 1):
         if number % TOLD_EVERY == 0:
@@ -141,7 +141,7 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
         tempfile.TemporaryFile() as shared,
         progress.of_bytes(path, path.stat().st_size) as bar,
     ):
-        shared.write(bytes(unzip.SLOTS * unzip.SLOT_BYTES))  # so that a full disk is an error here
+        shared.write(bytes(unzip.NUM_SLOTS * unzip.SLOT_BYTES))  # so that a full disk is an error here
         shared.flush()
         command = [sys.executable, "-I", unzip.__file__, str(shared.fileno())]
         with (
@@ -153,7 +153,7 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
             there.close()
             assert process.stderr is not None
             try:
-                yield from _told(unzip.filled(memory, here), file, bar)
+                yield from _with_progress(unzip.filled(memory, here), file, bar)
             except unzip.Unfinished:
                 status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
                 if status == unzip.IS_DAMAGED:

@@ -18,7 +18,7 @@ from typing import Any
 from isal import igzip, isal_zlib
 
 BLOCK_BYTES = 1 << 18  # of text, which is still in the cache when its lines are looked for
-SLOTS, SLOT_BYTES = 4, 1 << 20
+NUM_SLOTS, SLOT_BYTES = 4, 1 << 20
 LENGTH_BYTES = 4
 GZIP_MAGIC = b"\x1f\x8b"
 IS_DAMAGED = 65  # the exit status for bad input, as in sysexits.h
@@ -37,11 +37,12 @@ def unzipped(file: Any, stack: ExitStack) -> Any:
 
 
 def fill(memory: mmap, reader: socket.socket, file: Any) -> None:
+    """All of `file` into the slots, in turn. Raises `ConnectionError` where nobody reads, and `DAMAGED`."""
     slots = memoryview(memory)
     for number in itertools.count():
-        if number >= SLOTS and not reader.recv(1):
+        if number >= NUM_SLOTS and not reader.recv(1):
             raise ConnectionAbortedError("nobody reads any more")
-        begin = number % SLOTS * SLOT_BYTES
+        begin = number % NUM_SLOTS * SLOT_BYTES
         length = file.readinto(slots[begin : begin + SLOT_BYTES])
         reader.sendall(length.to_bytes(LENGTH_BYTES))
         if not length:
@@ -59,7 +60,7 @@ def filled(memory: mmap, filler: socket.socket) -> Iterator[bytes]:
         length = int.from_bytes(told)
         if not length:
             return
-        begin = number % SLOTS * SLOT_BYTES
+        begin = number % NUM_SLOTS * SLOT_BYTES
         end = begin + length
         for at in range(begin, end, BLOCK_BYTES):
             yield memory[at : min(at + BLOCK_BYTES, end)]
@@ -70,7 +71,7 @@ def filled(memory: mmap, filler: socket.socket) -> Iterator[bytes]:
 def main() -> None:
     try:
         with ExitStack() as stack:
-            memory = mmap(int(sys.argv[1]), SLOTS * SLOT_BYTES)
+            memory = mmap(int(sys.argv[1]), NUM_SLOTS * SLOT_BYTES)
             reader = stack.enter_context(socket.socket(fileno=sys.stdout.fileno()))
             fill(memory, reader, unzipped(sys.stdin.buffer, stack))
     except ConnectionError:  # nobody reads any more, nor what closing would say of it

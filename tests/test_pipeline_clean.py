@@ -70,6 +70,12 @@ def test_css_needs_more_than_twenty_tokens_and_more_than_thirty_percent() -> Non
     assert clean.is_css(" ".join(["3px"] * 22 + ["word"] * 49))
 
 
+@pytest.mark.parametrize("token", [".a", "#b", "div", "3px", "a-b-c"])
+def test_each_kind_of_token_makes_css_of_a_text(token: str) -> None:
+    assert not clean.is_css(" ".join([token] * 20))
+    assert clean.is_css(" ".join([token] * 21))
+
+
 def test_paragraphs_stand_in_the_fixed_order_of_sources() -> None:
     record = {
         "brand": "Acme",
