@@ -6,14 +6,29 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypedDict
+
+import msgspec
 
 from pipeline import lines
 from pipeline.tally import Tally
 
 NONE = -1
 BLOCK_BYTES = 32 << 10
+COPIED_BYTES = 1 << 18
 UNCOUNTED = Tally()
+
+
+class Fields(TypedDict, total=False):
+    """What the index needs of a label line; the rest is parsed when it is asked for."""
+
+    id: Any
+    category: Any
+    attributes: list[msgspec.Raw]
+    paragraphs: msgspec.Raw
+
+
+READ = msgspec.json.Decoder(Fields)
 
 
 class Spool:
@@ -42,6 +57,17 @@ class Spool:
             self._block_at = begin
             self._block = os.pread(self._file.fileno(), max(BLOCK_BYTES, end - begin), begin)
         return self._block[begin - self._block_at : end - self._block_at]
+
+    def copy(self, numbers: Iterable[int], to: BinaryIO, at_once: int = COPIED_BYTES) -> None:
+        """Write these values, in this order; neighbours together, `at_once` bytes and a value at most."""
+        self._file.flush()
+        begin = end = 0
+        for number in numbers:
+            if self._end[number] != end or end - begin > at_once:
+                to.write(os.pread(self._file.fileno(), end - begin, begin))
+                begin = self._end[number]
+            end = self._end[number + 1]
+        to.write(os.pread(self._file.fileno(), end - begin, begin))
 
     def close(self) -> None:
         self._file.close()
@@ -111,7 +137,7 @@ class Labels:
         path = self.paths[file]
         for place, line in lines.numbered(path, tally):
             where = f"{path.name}:{place}"
-            row = lines.parse(line, where, tally)
+            row = lines.parse_fields(line, where, tally, READ)
             if row is None or not self._usable(row, where, tally):
                 continue
             key = row["id"].encode("utf-8", "surrogatepass")
@@ -132,7 +158,7 @@ class Labels:
             self._full.append("paragraphs" in row)
             self._lines.add(line)
 
-    def _usable(self, row: dict[str, Any], where: str, tally: Tally) -> bool:
+    def _usable(self, row: Fields, where: str, tally: Tally) -> bool:
         if not isinstance(row.get("id"), str) or not isinstance(row.get("attributes"), list):
             tally.add("label without id or attributes", where)
         elif not isinstance(row.get("category"), str):

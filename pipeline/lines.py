@@ -9,8 +9,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import msgspec
 import orjson
 from isal import igzip
 
@@ -22,6 +23,8 @@ MAX_LINE_BYTES = 64 << 20
 TOLD_EVERY = 16  # blocks of which one moves the bar
 LARGE_BYTES = 8 << 20  # zipped, from which on a process beside this one is worth its start
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+
+Fields = TypeVar("Fields")
 
 
 def _always(block: bytes, begin: int, end: int) -> bool:
@@ -86,6 +89,16 @@ def parse(line: bytes, where: str, tally: Tally) -> dict[str, Any] | None:
         tally.add("malformed line", where)
         return None
     return value
+
+
+def parse_fields(line: bytes, where: str, tally: Tally, read: msgspec.json.Decoder[Fields]) -> Fields | None:
+    """`parse` for who asks for no more than the fields that `read` names: the rest is only checked."""
+    try:
+        if line.isascii() or line.decode():  # of texts that it passes over, msgspec does not check the bytes
+            return read.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    return cast("Fields | None", parse(line, where, tally))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict
 
 import msgspec
 import orjson
@@ -24,7 +24,7 @@ import orjson
 from pipeline import clean
 from pipeline.disk import atomically
 from pipeline.labels import NONE, Labels, Spool
-from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, numbered, opened, parse
+from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, numbered, opened, parse, parse_fields
 from pipeline.tally import MAX_EXAMPLES, Tally
 
 __all__ = ["MAX_LINE_BYTES", "Record", "join", "may_be_wanted", "opened", "parse", "records"]
@@ -77,16 +77,6 @@ def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int
 READ = msgspec.json.Decoder(Metadata)
 
 
-def read(line: bytes, where: str, tally: Tally) -> Metadata | None:
-    """`parse` for who asks for no more than `Metadata`: the rest of the line is checked, but not made."""
-    try:
-        if line.isascii() or line.decode():  # of texts that it passes over, msgspec does not check the bytes
-            return READ.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        pass
-    return cast("Metadata | None", parse(line, where, tally))
-
-
 def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) -> Iterator[Record]:
     """The first surviving metadata line of every asin in `wanted`, in file order, texts cleaned.
 
@@ -106,7 +96,7 @@ def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) ->
         name = path.name
         for number, line in numbered(path, tally, is_wanted):
             where = f"{name}:{number}"
-            metadata = read(line, where, tally)
+            metadata = parse_fields(line, where, tally, READ)
             if metadata is None:
                 continue
             asin = metadata.get("asin")
@@ -150,11 +140,14 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):
                     places[number] = made.add(_full_line(labels.label(number), paragraphs))
+        ordered = (
+            places[number]
+            for asin in sorted(labels.products)
+            for number in labels.numbers(labels.products[asin])
+            if places[number] != NONE
+        )
         with atomically(output) as temporary, temporary.open("wb", buffering=BLOCK_BYTES) as file:
-            for asin in sorted(labels.products):
-                for number in labels.numbers(labels.products[asin]):
-                    if places[number] != NONE:
-                        file.write(made.get(places[number]))
+            made.copy(ordered, file)
         tally.add("lines written", count=len(made))
     return tally
 

@@ -29,10 +29,16 @@ class Unfinished(Exception):
     """The process beside ended before the file did."""
 
 
+class Unzipped(igzip.IGzipFile):
+    def readinto(self, buffer: Any) -> int:
+        length: int = self._buffer.readinto(buffer)  # type: ignore[attr-defined]  # inherited, it copies
+        return length
+
+
 def unzipped(file: Any, stack: ExitStack) -> Any:
     """The buffered reader `file`, or one of its content; what is opened is closed by `stack`."""
     while file.peek(2)[:2] == GZIP_MAGIC:
-        file = stack.enter_context(igzip.IGzipFile(fileobj=file, mode="rb"))
+        file = stack.enter_context(Unzipped(fileobj=file, mode="rb"))
     return file
 
 

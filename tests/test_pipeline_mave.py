@@ -12,8 +12,8 @@ import metadata_oracle as oracle
 import psutil
 import pytest
 from conftest import ROOT, SHARED_DATA
+from damaged_lines import maybe_damaged_lines
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from pipeline import amazon, clean, lines, mave, unzip
 from pipeline.tally import Tally
@@ -191,32 +191,15 @@ def test_lines_that_nobody_wants_are_passed_over_wherever_blocks_end(
     assert tally.examples == {"line too long": ["m.jsonl:4"]}
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-FIELDS = st.sampled_from([*mave.Metadata.__annotations__, "also_buy", "similar_item", "tech1"])
-
-
-@st.composite
-def maybe_damaged_lines(draw: st.DrawFn) -> bytes:
-    """An object with fields of both kinds, at times with a piece cut out, doubled or overwritten."""
-    row = draw(st.dictionaries(FIELDS, JSON, max_size=5))
-    line = json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
-    begin, end = sorted(draw(st.tuples(*2 * [st.integers(0, len(line))])))
-    piece = draw(
-        st.sampled_from([None, b"", line[begin:end] * 2, b"\xff", b"\\q", b"\x01", b'"', b"\\ud800"])
-    )
-    return line if piece is None else line[:begin] + piece + line[end:]
+FIELDS = [*mave.Metadata.__annotations__, "also_buy", "similar_item", "tech1"]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test is timed
-@given(maybe_damaged_lines())
+@given(maybe_damaged_lines(FIELDS))
 @example(b'{"asin": "B000000001", "tech1": "\xff"}')
 def test_fields_that_are_asked_for_are_read_as_the_standard_library_reads_them(line: bytes) -> None:
     tally = Tally()
-    found = mave.read(line, "here", tally)
+    found = lines.parse_fields(line, "here", tally, mave.READ)
     try:
         expected = json.loads(line)
     except (ValueError, RecursionError):
