@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ class Fields(TypedDict, total=False):
 
 
 READ = msgspec.json.Decoder(Fields)
+PASSED_OVER = sys.get_int_max_str_digits()  # bytes of a line in which no number can be too long to be parsed
 
 
 class Spool:
@@ -137,7 +139,11 @@ class Labels:
         path = self.paths[file]
         for place, line in lines.numbered(path, tally):
             where = f"{path.name}:{place}"
-            row = lines.parse_fields(line, where, tally, READ)
+            row: Any = (
+                lines.parse_fields(line, where, tally, READ)
+                if len(line) <= PASSED_OVER
+                else lines.parse(line, where, tally)
+            )
             if row is None or not self._usable(row, where, tally):
                 continue
             key = row["id"].encode("utf-8", "surrogatepass")

@@ -132,14 +132,21 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
     tally = Tally()
     with Labels(label_files, tally, output.parent) as labels, closing(Spool(output.parent)) as made:
         places = array("l", [NONE]) * len(labels)  # in `made`, by label line
-        for number in filter(labels.is_full, range(len(labels))):
+
+        def add(number: int, paragraphs: Any = None) -> None:
             label = labels.label(number)
-            places[number] = made.add(_full_line(label, label["paragraphs"]))
+            try:
+                places[number] = made.add(_full_line(label, paragraphs or label["paragraphs"]))
+            except RecursionError:  # what was just parsed may be too deep to be written
+                tally.add("malformed line", labels.where(number))
+
+        for number in filter(labels.is_full, range(len(labels))):
+            add(number)
         for record in records(metadata, labels.without_text(), tally):
             paragraphs = [{"text": text, "source": source} for text, source in record.paragraphs]
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):
-                    places[number] = made.add(_full_line(labels.label(number), paragraphs))
+                    add(number, paragraphs)
         ordered = (
             places[number]
             for asin in sorted(labels.products)

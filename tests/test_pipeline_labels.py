@@ -46,6 +46,8 @@ def reason(line: bytes) -> str | None:
 @example(b'{"attributes": ["\xff"]}', True)
 @example(b'{"attributes": [NaN, 1e999], "paragraphs": null}', True)
 @example(b'{"attributes": {}}', True)
+@example(b'{"more": ' + b"1" * 4301 + b"}", True)
+@example(b'{"attributes": [' + b"1" * 4301 + b"]}", True)
 def test_labels_are_indexed_as_the_standard_library_reads_them(line: bytes, whole: bool) -> None:
     line = line.replace(b"\n", b" ")
     if whole and line.startswith(b'{"'):  # else few lines have all that they need

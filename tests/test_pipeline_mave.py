@@ -161,6 +161,15 @@ def test_label_lines_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     assert tally.examples["malformed line"] == ["l.jsonl:6"]
 
 
+def test_labels_too_deep_to_be_written_are_counted(tmp_path: Path) -> None:
+    deep = json.dumps(label("B000000001")).replace("[]", 990 * "[" + 990 * "]")
+    labels = write(tmp_path / "l.jsonl", label("B000000002", "Type"), tail=deep.encode() + b"\n")
+    metadata = write(tmp_path / "m.jsonl", *(product(f"B00000000{i}", "A mug") for i in (1, 2)))
+    rows, tally = joined(tmp_path, [metadata], [labels])
+    assert [row["id"] for row in rows] == ["B000000002"]
+    assert tally.examples["malformed line"] == ["l.jsonl:2"]
+
+
 def test_a_giant_line_is_counted_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
