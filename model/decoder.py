@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from model.encoder import masked_softmax
 
 
+def precise(x: Tensor) -> Tensor:
+    """`x` in float32 or better, for what goes into a logarithm."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class CopyDecoder(nn.Module):
     """States of the output tokens and, for each, where it would copy from and whether.
 
@@ -76,10 +81,10 @@ class CopyDecoder(nn.Module):
             inner = layer.linear2(layer.dropout(nn.functional.gelu(layer.linear1(x))))
             x = layer.norm3(x + layer.dropout3(inner))
         queries = memory.by_row(self.copy_query(x))
-        scores = (queries @ memory.keys).float() / math.sqrt(x.shape[-1])
+        scores = precise(queries @ memory.keys) / math.sqrt(x.shape[-1])
         copy = masked_softmax(scores, memory.text_mask[:, None])  # (B, A * Y, T)
         context = memory.by_question(copy.to(memory.text.dtype) @ memory.text)
-        gate = self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1).float()
+        gate = precise(self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1))
         nothing_to_copy = ~memory.of_question(memory.text_mask.any(dim=1, keepdim=True))
         return x, memory.by_question(copy), gate.masked_fill(nothing_to_copy, 30.0), present
 

@@ -37,27 +37,34 @@ ROLES = ("pad_token", "cls_token", "sep_token")
 
 
 class Checkpoint:
-    """A pretrained encoder of a type in `LAYERS`, its parts under one set of names.
+    """A pretrained encoder whose embeddings are BERT's: words, learnt positions and a LayerNorm.
 
-    Raises `ValueError` when it is of another type.
+    Raises `ValueError` when it is of another kind.
     """
 
     def __init__(self, path: str) -> None:
-        encoder = AutoModel.from_pretrained(path)
-        self.config = encoder.config
-        if self.config.model_type not in LAYERS:
-            raise ValueError(f"{path} is a {self.config.model_type}; a start is one of {', '.join(LAYERS)}")
-        embeddings, positions = encoder.embeddings, encoder.embeddings.position_embeddings
+        self.path, self.encoder = path, AutoModel.from_pretrained(path)
+        self.config = self.encoder.config
+        embeddings = getattr(self.encoder, "embeddings", None)
+        positions, norm = (getattr(embeddings, part, None) for part in ("position_embeddings", "LayerNorm"))
+        if positions is None or norm is None:
+            raise ValueError(f"{path} is a {self.config.model_type}, whose embeddings are not like BERT's")
         first = 0 if positions.padding_idx is None else positions.padding_idx + 1
-        self.words: Tensor = embeddings.word_embeddings.weight  # (V, D)
+        self.words: Tensor = self.encoder.get_input_embeddings().weight  # (V, D)
         self.positions: Tensor = positions.weight[first:]  # (positions, D), of the first token first
-        self.norm: nn.LayerNorm = embeddings.LayerNorm
-        names = LAYERS[self.config.model_type]
-        self.layers = [
-            {name: layer.get_submodule(place) for name, place in names.items()}
-            for layer in encoder.encoder.layer
-        ]
+        self.norm: nn.LayerNorm = norm
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    @property
+    def layers(self) -> list[dict[str, nn.Module]]:
+        """The parts of each layer, under one set of names. Raises `ValueError` for types not in `LAYERS`."""
+        kind = self.config.model_type
+        if kind not in LAYERS:
+            raise ValueError(f"{self.path} is a {kind}; layers are known of {', '.join(LAYERS)}")
+        return [
+            {name: layer.get_submodule(place) for name, place in LAYERS[kind].items()}
+            for layer in self.encoder.encoder.layer
+        ]
 
 
 def word_pieces(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[tuple[int, int, int], ...]]:

@@ -5,7 +5,7 @@ A attributes asked of a row, Q questions, Y output tokens, S text segments. Mask
 is there. Without `joint`, A is 1 and Q is B.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture
+from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture, precise
 from model.encoder import Encoder
 from model.examples import Extraction, Question
 from model.packed import pack, packed_encoder
@@ -212,10 +212,10 @@ class Model(PreTrainedModel):
     def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:
         """Word and position embeddings from a checkpoint, by word; with `layers` its layers too.
 
-        Raises `ValueError` when the checkpoint's type is unknown or its sizes are others.
+        Raises `ValueError` when the checkpoint is not like BERT or its sizes are others.
         """
         start = Checkpoint(path)
-        width = start.config.hidden_size
+        width = start.words.shape[1]
         if width != self.config.hidden_size:
             raise ValueError(f"{path} is {width} wide, hidden_size is {self.config.hidden_size}")
         ours, theirs = same_words(tokenizer, start.tokenizer)
@@ -224,6 +224,7 @@ class Model(PreTrainedModel):
         self.position.weight[:known] = start.positions[:known]
         self.embedding_norm.load_state_dict(start.norm.state_dict())
         if layers:
+            parts = start.layers
             for theirs_name, our_name in (
                 ("num_attention_heads", "encoder_heads"),
                 ("intermediate_size", "intermediate_size"),
@@ -231,7 +232,7 @@ class Model(PreTrainedModel):
                 size, our_size = getattr(start.config, theirs_name), getattr(self.config, our_name)
                 if size != our_size:
                     raise ValueError(f"{path}: its {theirs_name} is {size}, {our_name} is {our_size}")
-            self.encoder.start_from(start.layers)
+            self.encoder.start_from(parts)
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:
@@ -316,7 +317,12 @@ class Model(PreTrainedModel):
     def vocabulary(self, states: Tensor) -> Tensor:
         """Log-probabilities to generate each word, (..., D) to (..., V)."""
         logits = nn.functional.linear(states, self.word.weight, self.vocabulary_bias)
-        return logits.float().log_softmax(-1)
+        return precise(logits).log_softmax(-1)
+
+    @staticmethod
+    def counts(batch: Mapping[str, Tensor]) -> Tensor:
+        """The output and the text tokens that the two losses are means over, (2,)."""
+        return torch.stack([(batch["targets"] != IGNORED).sum(), batch["tag_mask"].sum()])
 
     def forward(
         self,
@@ -328,9 +334,14 @@ class Model(PreTrainedModel):
         tags: Tensor,
         decoder_input_ids: Tensor,
         targets: Tensor,
+        counts: Tensor | None = None,
         **layout: Tensor,
     ) -> dict[str, Tensor]:
-        """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate."""
+        """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate.
+
+        Of a batch that is computed in parts, `counts` is the mean of what `Model.counts` says of these.
+        """
+        outputs, texts = self.counts({"targets": targets, "tag_mask": tag_mask}) if counts is None else counts
         attributes, text = self.encode(input_ids=input_ids, copy_mask=copy_mask, **layout)
         memory = self.remember(attributes, text, copy_mask, layout["hyper_mask"])
         states, copy, gate, _ = self.decoder(self.embed_output(decoder_input_ids), memory)
@@ -341,9 +352,9 @@ class Model(PreTrainedModel):
         log_likelihood = torch.logaddexp(
             nn.functional.logsigmoid(gate[asked]) + generated, nn.functional.logsigmoid(-gate[asked]) + copied
         )
-        decoder_loss = batch_mean(-log_likelihood.sum(), asked.sum())
+        decoder_loss = batch_mean(-log_likelihood.sum(), outputs)
         emissions = self.emissions(attributes, text, layout["hyper_mask"]).flatten(0, 1)  # (Q * T, C)
-        tagging_loss = self.tagger.loss(emissions[tag_index], tags, tag_mask)
+        tagging_loss = self.tagger.loss(emissions[tag_index], tags, tag_mask, texts)
         loss = decoder_loss + self.config.alpha * tagging_loss
         return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
 
@@ -362,7 +373,7 @@ class Model(PreTrainedModel):
         """The step of `beam_search`; each hypothesis keeps the keys and values of its earlier tokens."""
         ids = memory.of_question(input_ids)
         past = self.decoder.no_past(len(ids) * width)
-        same = memory.of_question((input_ids[:, :, None] == input_ids[:, None, :]).to(memory.text.dtype))
+        same = memory.of_question(precise((input_ids[:, :, None] == input_ids[:, None, :]).to(memory.text)))
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
             nonlocal past

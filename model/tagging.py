@@ -51,10 +51,17 @@ def batch_mean(total: Tensor, count: Tensor) -> Tensor:
     Their gradients are averaged, so that each part is multiplied by their number.
     """
     if not (distributed.is_available() and distributed.is_initialized() and torch.is_grad_enabled()):
-        return total / count.clamp_min(1)
+        return total / count.masked_fill(count == 0, 1)
     whole = count.clone()
     distributed.all_reduce(whole)
-    return total * distributed.get_world_size() / whole.clamp_min(1)
+    return total * distributed.get_world_size() / whole.masked_fill(whole == 0, 1)
+
+
+def precise_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` in float32 or better, whatever precision `x` was made in."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 class Tagger(nn.Module):
@@ -72,25 +79,25 @@ class Tagger(nn.Module):
 
     def emissions(self, states: Tensor) -> Tensor:
         """(..., D) to (..., C), in float32 or better, whatever precision the encoder ran in."""
-        dtype = torch.promote_types(self.emission.weight.dtype, torch.float32)
-        weight, bias = self.emission.weight.to(dtype), self.emission.bias.to(dtype)
-        with torch.autocast(states.device.type, enabled=False):
-            return nn.functional.linear(states.to(dtype), weight, bias)
+        return precise_linear(self.emission, states)
 
     def joint_emissions(self, states: Tensor, attributes: Tensor) -> Tensor:
         """(B, T, D) of the text and (B, A, D) of the attributes to (B, A, T, C)."""
         assert self.condition is not None
-        weight = self.condition(attributes).unflatten(-1, (len(TAGS), -1)).flatten(1, 2)  # (B, A * C, D)
-        of_attribute = (weight @ states.transpose(1, 2)).unflatten(1, (-1, len(TAGS)))  # (B, A, C, T)
+        weight = precise_linear(self.condition, attributes).unflatten(-1, (len(TAGS), -1)).flatten(1, 2)
+        with torch.autocast(states.device.type, enabled=False):
+            of_attribute = weight @ states.to(weight.dtype).transpose(1, 2)  # (B, A * C, T)
+        of_attribute = of_attribute.unflatten(1, (-1, len(TAGS)))
         return self.emissions(states)[:, None] + of_attribute.transpose(2, 3)
 
-    def loss(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, emissions: Tensor, tags: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
         """Negative log-likelihood, a mean over valid tokens; never in less than float32.
 
         Args:
             emissions: (S, T, C), one row per segment and attribute.
             tags: (S, T).
             mask: (S, T) bool, a prefix of every row. Rows without tokens are left out.
+            count: of tokens, where it is not that of `mask`.
         """
         rows = mask[:, 0]
         # Nothing to learn from still has a gradient, zero, which several processes wait for.
@@ -98,7 +105,7 @@ class Tagger(nn.Module):
         if rows.any():
             with torch.autocast(emissions.device.type, enabled=False):
                 total = total - self.crf.log_likelihood(emissions[rows], tags[rows], mask[rows]).sum()
-        return batch_mean(total, mask.sum())
+        return batch_mean(total, mask.sum() if count is None else count)
 
     @torch.no_grad()
     def decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:

@@ -267,6 +267,13 @@ def fit(
             if self.state.global_step < steps:  # else a finished training, resumed, would do one step more
                 super()._run_epoch(*args, **kwargs)
 
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            parts, items = super().get_batch_samples(*args, **kwargs)
+            if len(parts) > 1 and hasattr(model, "counts"):  # else the mean of a batch is that of its parts
+                counts = sum(model.counts(part) for part in parts) / len(parts)
+                parts = [{**part, "counts": counts} for part in parts]
+            return parts, items
+
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
             divergence.watch(loss.item() * cell.train.accumulate, self.state.global_step + 1)

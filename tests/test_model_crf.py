@@ -51,20 +51,25 @@ def test_best_paths_are_those_of_torchcrf(lengths, num_tags, seed):
     assert not best[~mask].any()
 
 
-def test_sum_and_maximum_over_all_paths_of_a_small_chain():
-    crf, emissions, tags, mask = batch([4], 3, 0)
-    scores = {
-        path: crf.path_score(emissions, torch.tensor([path]), mask).item()
-        for path in itertools.product(range(3), repeat=4)
-    }
-    total = torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0)
-    torch.testing.assert_close(crf.log_partition(emissions, mask)[0], total)
-    assert tuple(crf.best_paths(emissions, mask)[0].tolist()) == max(scores, key=scores.__getitem__)
-    path = tags[0].tolist()
-    by_hand = crf.start_transitions[path[0]] + crf.end_transitions[path[-1]]
-    by_hand = by_hand + sum(emissions[0, i, tag] for i, tag in enumerate(path))
-    by_hand = by_hand + sum(crf.transitions[a, b] for a, b in itertools.pairwise(path))
-    assert scores[tuple(path)] == pytest.approx(by_hand.item(), abs=1e-12)
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 2**31))
+def test_sum_and_maximum_over_all_paths_of_small_chains(lengths, num_tags, seed):
+    crf, emissions, tags, mask = batch(lengths, num_tags, seed)
+
+    def score(chain, path):
+        found = crf.start_transitions[path[0]] + crf.end_transitions[path[-1]]
+        found = found + sum(emissions[chain, i, tag] for i, tag in enumerate(path))
+        return (found + sum(crf.transitions[a, b] for a, b in itertools.pairwise(path))).item()
+
+    paths, partitions = crf.best_paths(emissions, mask).tolist(), crf.log_partition(emissions, mask)
+    given_scores = crf.path_score(emissions, tags, mask)
+    for chain, length in enumerate(lengths):
+        scores = {path: score(chain, path) for path in itertools.product(range(num_tags), repeat=length)}
+        total = torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0)
+        torch.testing.assert_close(partitions[chain], total, rtol=0, atol=1e-10)
+        assert scores[tuple(paths[chain][:length])] == pytest.approx(max(scores.values()), abs=1e-10)
+        wanted = scores[tuple(tags[chain, :length].tolist())]
+        assert given_scores[chain].item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_parameters_can_be_exchanged_with_torchcrf():

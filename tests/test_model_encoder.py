@@ -30,6 +30,18 @@ def test_the_masks_of_a_batch_with_padding_and_an_empty_segment_are_these_matric
     ]
 
 
+def test_the_masks_that_the_docstring_shows_are_these():
+    masks = structured_masks(torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 0, 1]]))
+    shown = {"h2h": ["1 1", "1 1"], "h2l": ["1 1 0", "0 0 1"]}
+    shown |= {"l2h": ["1 1", "1 1", "1 1"], "l2l": ["1 1 0", "1 1 0", "0 0 1"]}
+    for name, rows in shown.items():
+        assert [" ".join(map(str, row)) for row in getattr(masks, name)[0].int().tolist()] == rows
+    lines = [line.split() for line in structured_masks.__doc__.splitlines()]
+    for height in range(3):
+        row = [word for rows in shown.values() for word in " ".join(rows[height : height + 1]).split()]
+        assert any([word for word in line if word in ("0", "1")] == row for line in lines)
+
+
 def test_private_hyper_tokens_are_read_by_themselves_and_their_own_local_tokens():
     hyper_mask, private = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, True, False]])
     assert readable(hyper_mask, private).int().tolist() == [[[1, 0, 1], [0, 1, 1], [0, 0, 1]]]

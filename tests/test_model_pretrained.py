@@ -77,10 +77,25 @@ def test_every_part_of_a_layer_comes_from_its_place(kind, tmp_path):
         assert same_parts(ours, layer)
 
 
-def test_a_checkpoint_of_a_type_without_names_is_an_error(tmp_path):
-    config = transformers.DistilBertConfig(vocab_size=9, dim=24, hidden_dim=48, n_heads=2, n_layers=1)
-    transformers.DistilBertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a distilbert; a start is one of bert, mpnet"):
+def test_words_come_from_any_encoder_with_bert_s_embeddings_and_layers_from_known_ones(tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint_path(MINILM))
+    config = transformers.DistilBertConfig(
+        vocab_size=len(tokenizer), dim=24, hidden_dim=48, n_heads=2, n_layers=1
+    )
+    theirs = transformers.DistilBertModel(config)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = start(tmp_path, pretrained_layers=False)
+    assert torch.equal(model.word.weight, theirs.embeddings.word_embeddings.weight)
+    assert torch.equal(model.position.weight[:512], theirs.embeddings.position_embeddings.weight)
+    with pytest.raises(ValueError, match="is a distilbert; layers are known of bert, mpnet"):
+        start(tmp_path)
+
+
+def test_a_checkpoint_without_bert_s_embeddings_is_an_error(tmp_path):
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a t5, whose embeddings are not like BERT's"):
         Checkpoint(str(tmp_path))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from model.decoder import beam_search, mixture
 from model.examples import Evidence, OcrLine, Product, Question, Source
 from model.pretrained import checkpoint_path
 from model.smartave import Config, Model, Processor, Settings
@@ -205,6 +206,51 @@ def test_the_joint_form_learns_what_stands_in_text_and_print_by_heart():
     assert [tuple(e.value.lower() for e in extractions) for extractions in found] == [
         question.values for question in asked
     ]
+    for question, extractions in zip(asked, found, strict=True):
+        (alone,) = model.extract([processor.encode(question)], processor)
+        assert [(e.value, e.source) for e in alone] == [(e.value, e.source) for e in extractions]
+        assert [e.score for e in alone] == pytest.approx([e.score for e in extractions], abs=1e-4)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_beam_scores_what_the_model_gives_its_tokens_all_at_once(joint):
+    transformers.set_seed(0)
+    asked = dozen()[:6]
+    settings = Settings(**TINY | {"tokenizer": "characters", "joint": joint})
+    model, processor = Model.start(settings, asked, 16)
+    torch.nn.init.normal_(model.vocabulary_bias)
+    model = model.double().eval()
+    batch = processor.collate([processor.encode(question) for question in asked])
+    names = ("hyper_slot", "hyper_kind", "hyper_mask", "segment", "position", "regions")
+    ids, mask = batch["input_ids"], batch["copy_mask"]
+    with torch.no_grad():
+        encoded = model.encode(input_ids=ids, copy_mask=mask, **{name: batch[name] for name in names})
+        memory = model.remember(*encoded, mask, batch["hyper_mask"])
+        begin, end, most = model.config.begin_token, model.config.end_token, 4
+        step = model.next_token(memory, ids, 5)
+        limits = {"batch_size": len(asked), "width": 5, "max_length": most, "begin": begin, "end": end}
+        tokens, scores = beam_search(step, **limits)
+        for beam in range(5):
+            output = tokens[:, beam]
+            begun = torch.cat([torch.full_like(output[:, :1], begin), output[:, :-1]], dim=1)
+            states, copy, gate, _ = model.decoder(model.embed_output(begun), memory)
+            own = memory.of_question(ids)
+            same = memory.of_question((ids[:, :, None] == ids[:, None, :]).double())
+            given = mixture(model.vocabulary(states), copy @ same, gate, own)
+            each = given.gather(-1, output[..., None]).squeeze(-1)
+            said = (output == end).cumsum(1) - (output == end).int() == 0  # up to the first end
+            torch.testing.assert_close((each * said).sum(1), scores[:, beam].double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_are_found_in_any_precision(joint, dtype):
+    model, processor = train(TINY | {"joint": joint, "tokenizer": "characters"}, dozen()[:4], 60)
+    examples = [processor.encode(question) for question in dozen()[:4]]
+    want = model.extract(examples, processor)
+    got = model.to(dtype).extract(examples, processor)
+    assert any(want)
+    assert [[e.value for e in of_one] for of_one in got] == [[e.value for e in of_one] for of_one in want]
 
 
 def test_words_and_layers_start_from_the_checkpoint():

@@ -57,6 +57,21 @@ def test_the_loss_is_the_negative_log_likelihood_over_all_paths_per_token():
     torch.testing.assert_close(tagger.loss(emissions, tags, mask), loss / 4)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_emissions_are_computed_in_float32_whatever_the_encoder_ran_in(joint):
+    torch.manual_seed(0)
+    tagger = Tagger(hidden_size=48, joint=joint)
+    states, attributes = torch.randn(2, 9, 48).bfloat16(), torch.randn(2, 3, 48).bfloat16()
+
+    def emissions(*given):
+        return tagger.joint_emissions(*given) if joint else tagger.emissions(given[0])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got = emissions(states, attributes)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, emissions(states.float(), attributes.float()), rtol=0, atol=1e-5)
+
+
 def test_segments_without_tokens_cost_nothing_and_break_nothing():
     tagger = Tagger(hidden_size=3)
     states = torch.randn(2, 4, 3, requires_grad=True)

@@ -118,13 +118,38 @@ def test_a_loss_that_grows_stops_the_training_with_a_message():
         divergence.watch(10.0, 6)
 
 
-def test_a_batch_computed_in_parts_is_as_many_steps(tmp_path):
-    _, history = fit(tmp_path, cell(accumulate=2))
-    assert history[-1]["step"] == 12
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint):
+    settings, steps = {"dropout": 0.0, "joint": joint}, {"batch_size": 10}  # the last batch has other parts
+    _, whole = fit(tmp_path / "whole", cell(settings, **steps))
+    _, parts = fit(tmp_path / "parts", cell(settings, **steps, accumulate=5))
+    assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8, 12]
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["validation_f1"] == b["validation_f1"]
+
+
+def test_what_does_not_divide_a_batch_into_parts_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=r"batch_size is 8, which 1 processes times train.accumulate 3 do not"
     ):
         fit(tmp_path, cell(accumulate=3))
+
+
+def test_bfloat16_trains_weights_of_float32_by_one_fused_optimiser(tmp_path, monkeypatch):
+    made, init = [], torch.optim.AdamW.__init__
+
+    def noted(self, *args, **options):
+        made.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
+    weights, history = fit(tmp_path, cell(precision="bfloat16"))
+    assert [options["fused"] for options in made] == [True]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert history[-1]["loss"] < history[0]["loss"]
+    exact, _ = fit(tmp_path / "float32", cell())
+    assert not torch.equal(weights["encoder.layers.0.output.weight"], exact["encoder.layers.0.output.weight"])
 
 
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
