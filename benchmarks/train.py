@@ -1,8 +1,8 @@
 """The paper's configuration in training: 12 + 4 layers, 768 wide, batch 32, up to 1,024 tokens, bfloat16.
 
 Prints instances per second, model FLOP utilisation, peak memory, and the time that 85,000 instances times 20
-epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy and
-pyarrow; without a GPU it runs the same on the CPU, with fewer instances a step. On a GPU the step is timed
+epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy,
+pyarrow and what the model's file itself imports, pydantic and pytorch-crf; without a GPU it runs the same on the CPU, with fewer instances a step. On a GPU the step is timed
 with attention by kernels for ragged sequences and length by length. `--peak` is the peak of the device in
 TFLOP/s (an H200: 989); without it a square product is measured.
 """
