@@ -68,7 +68,8 @@ def pointers() -> Iterator[Problem]:
         for entry in _files(json.loads(config.read_text()))
         if entry.get("path")
     ]
-    for path in sorted({*Path("data").glob("*/source/**/*"), *local}):
+    inside = [path for folder in local if folder.is_dir() for path in folder.iterdir()]
+    for path in sorted({*Path("data").glob("*/source/**/*"), *local, *inside}):
         if not path.is_file() or path.parent.name == "images":
             continue
         try:

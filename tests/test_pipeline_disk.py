@@ -14,16 +14,22 @@ import pytest
 from misbehaving import serving
 from PIL import Image
 
-from pipeline import disk, images, mave, schema, shards, source
+from pipeline import disk, images, mave, mepave, params, products, schema, shards, source
 from pipeline.download import Download
 
 DATA = bytes(range(256)) * 1024
 PIN = hashlib.sha256(DATA).hexdigest()
 
 
-def sweep(act: Callable[[], Any], whole: Callable[[], bool], least: int) -> None:
+def sweep(
+    act: Callable[[], Any],
+    whole: Callable[[], bool],
+    least: int,
+    start: Callable[[], Any] = lambda: None,
+) -> None:
     """Let the k-th operation fail, for each k until nothing fails any more; then all must be there."""
     for k in range(1, 200):
+        start()
         with faulty_disk.failing(k, faulty_disk.REASONS[k % 2]) as broken:
             try:
                 act()
@@ -98,6 +104,70 @@ def test_a_joined_file_is_whole_or_not_there(here: Path) -> None:
         mave.join([Path("in/m.json.gz")], [Path("in/l.jsonl")], Path("all.jsonl"))
 
     sweep(act, lambda: is_whole(Path("all.jsonl"), expected), 2)
+
+
+def released(folder: Path) -> None:
+    folder.mkdir()
+    for number, (name, _) in enumerate(mepave.FILES.values()):
+        rows = [f"c_{number}\ts_{number}{i}\t红色\t<颜色>红色</颜色>\n" for i in range(9)]
+        (folder / name).write_text("".join(rows), encoding="utf-8")
+
+
+def test_the_sequences_of_mepave_are_whole_or_not_there(here: Path) -> None:
+    released(Path("in/mepave"))
+
+    def write(folder: Path) -> None:
+        for split, path in mepave.files(Path("in/mepave")).items():
+            mepave.write_sequences(path, folder / split)
+
+    write(Path("in/expected"))
+    expected = {
+        path.relative_to("in/expected"): path.read_bytes() for path in Path("in/expected").glob("*/*")
+    }
+    assert len(expected) == 12
+
+    def whole() -> bool:
+        assert len(list(Path("out").glob("*/*"))) == sum((Path("out") / name).is_file() for name in expected)
+        return all(is_whole(Path("out") / name, data) for name, data in expected.items())
+
+    sweep(lambda: write(Path("out")), whole, 12 * 4)
+
+
+def test_products_and_their_metrics_are_whole_or_not_there(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(params, "CONFIG", Path("in"))
+    released(Path("in/mepave"))
+    Path("in/mine").mkdir()
+    Path("in/mine/products.json").write_text(products.Settings(kind="mepave").model_dump_json())
+
+    def start() -> None:
+        shutil.copytree("in/mepave", "data/mine/source", dirs_exist_ok=True)
+
+    start()
+    products.run("mine")
+    made = ("data/mine/products.parquet", "metrics/mine/products.json")
+    expected = {name: Path(name).read_bytes() for name in made}
+
+    def whole() -> bool:
+        return all(is_whole(Path(name), data) for name, data in expected.items())
+
+    sweep(lambda: products.run("mine"), whole, 7, start)
+
+
+def test_a_params_yaml_that_is_pinned_is_the_old_one_or_the_new_one(here: Path) -> None:
+    released(Path("in/mepave"))
+    old = b"# mine\ncorpora:\n  mine: {kind: mepave, path: in/mepave}\n"
+
+    def start() -> None:
+        Path("params.yaml").write_bytes(old)
+
+    start()
+    source.pin("mine")
+    new = Path("params.yaml").read_bytes()
+    assert new.startswith(b"# mine")
+    assert b"validation: " in new
+    sweep(lambda: source.pin("mine"), lambda: Path("params.yaml").read_bytes() in (old, new), 4, start)
 
 
 def test_a_folder_of_image_shards_is_whole_or_says_that_it_is_not(

@@ -97,6 +97,22 @@ def test_pointers_and_login_pages_are_told_from_data(here: Path) -> None:
     ]
 
 
+def test_pointers_in_a_folder_that_a_source_names_are_told_from_data(here: Path) -> None:
+    (here / "config/mepave").mkdir(parents=True)
+    (here / "config/mepave/source.json").write_text('{"kind": "mepave", "path": "raw/mepave"}')
+    (here / "raw/mepave/product_images").mkdir(parents=True)
+    for name, text in (
+        ("train", POINTER),
+        ("valid", "<html>please log in</html>"),
+        ("test", "c_1\ts_1\t红\t红"),
+    ):
+        (here / f"raw/mepave/jdair.jave.{name}.txt").write_text(text, encoding="utf-8")
+    assert [problem.what for problem in doctor.pointers()] == [
+        "raw/mepave/jdair.jave.train.txt is a Git LFS pointer, not the data (oid sha256:abc)",
+        "raw/mepave/jdair.jave.valid.txt is an HTML page, not the data",
+    ]
+
+
 def test_remains_of_killed_runs_are_cleared_and_nothing_else(here: Path) -> None:
     for name in ("data/mine/.source.partial/a", "data/mine/images/.00000.parquet.abc.tmp", "data/mine/ocr/x"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)

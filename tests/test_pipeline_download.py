@@ -278,6 +278,7 @@ def test_without_a_pin_the_file_is_taken_as_it_comes(server: Server, tmp_path: P
 # Every fault, with its name and within its deadline
 
 
+SLACK_S = 5.0  # for what is not waiting: 0.4 s at most on an idle machine
 FAULTS = {  # path -> how the reason reads; None where the file is had in the end
     "404": "HTTP 404",
     "410": "HTTP 410",
@@ -331,7 +332,7 @@ def test_every_fault_ends_with_its_name_in_time_and_nothing_partial_has_a_final_
             tries = 1 if path.startswith(final) else patience.attempts
             # aiohttp asks once more where a connection closes before it answers
             assert server.hits[path] in ((tries, 2 * tries) if path == "reset" else (tries,))
-        assert time.monotonic() - start < 30  # some answers never end
+        assert time.monotonic() - start < patience.attempts * patience.silence_s + SLACK_S
     named = [file.name for file in tmp_path.iterdir() if not file.name.endswith((".part", ".json"))]
     assert named == ([PIN] if FAULTS[path] is None else [])
 

@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,13 @@ def test_tags_and_texts_are_lower_cased_and_aligned(tmp_path: Path) -> None:
         ("c_1\ts_1\t红色", "row without four fields"),
         ("x_1\ts_1\t红\t红", "id is not a cid or sid"),
         ("c_1\t1\t红\t红", "id is not a cid or sid"),
-        ("c_1\ts_1\t\t", "empty text"),
+        ("c_1\ts_1\t红\t红\t红", "row without four fields"),
         ("c_1\ts_1\t红 色\t红 色", "blank in the text"),
         ("c_1\ts_1\t红色\t<颜色>红</形状>色", "broken tags"),
         ("c_1\ts_1\t红色\t<颜色>红色", "broken tags"),
         ("c_1\ts_1\t红<色\t红<色", "broken tags"),
         ("c_1\ts_1\t红色\t<颜色></颜色>红色", "broken tags"),
+        ("c_1\ts_1\t红色\t红色<颜色>", "broken tags"),
         ("c_1\ts_1\t红色\t<颜色>蓝</颜色>色", "texts differ"),
     ],
 )
@@ -53,6 +55,67 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path: Path, row: str, reason: st
     (tmp_path / "file").write_text(f"{ROW}\n{row}\n", encoding="utf-8")
     assert [sentence.sid for sentence in mepave.sentences(tmp_path / "file", tally)] == ["s_1"]
     assert tally.examples == {reason: ["file:2"]}
+
+
+PIECES = [  # tagged, plain
+    *((text, text) for text in ("红", "B", ">", "/", "\u3000", "\xa0", "\x85", "\u2028", "\x0b")),
+    *((broken, "") for broken in ("<颜色>", "</颜色>", "<颜色></颜色>", "<", "</形状>")),
+    ("<颜色>红</颜色>", "红"),
+    ("<颜色>红>C\u3000</颜色>", "红>C\u3000"),
+    ("<图案>ab</图案>", "ab"),
+    ("<a/b>/x</a/b>", "/x"),
+    ("<></></>", "</>"),
+    ("<颜色></颜色></颜色>", "</颜色>"),
+    (" ", " "),
+]
+
+
+def as_jave(text: str, tagged: str) -> tuple[str, list[str], list[str]] | None:
+    """Characters, tags and labels by the rules of JAVE's data_process.py; None where it skips the row."""
+    plain, bio, names, rest = "", [], set(), tagged
+    while rest:
+        if not rest.startswith("<"):
+            plain, rest = plain + rest[0], rest[1:]
+            bio.append("O")
+            continue
+        name, _, rest = rest[1:].partition(">")
+        end = rest.find("<", 1)
+        if end < 0 or not rest[end:].startswith(f"</{name}>"):
+            return None
+        plain, rest = plain + rest[:end], rest[end + len(f"</{name}>") :]
+        bio += [f"B-{name}"] + [f"I-{name}"] * (end - 1)
+        names.add(name)
+    return None if " " in text + tagged or plain != text else (plain, bio, sorted(names) or ["[PAD]"])
+
+
+def test_what_is_written_and_what_is_skipped_follows_the_rules_of_jave(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines, expected, num_skipped = (
+        [],
+        dict.fromkeys(("indexs", "input.seq", "output.seq", "output.label"), ""),
+        0,
+    )
+    for number in range(5000):
+        pieces = rng.choices(PIECES, k=rng.randrange(5))
+        tagged, text = "".join(piece[0] for piece in pieces), "".join(piece[1] for piece in pieces)
+        lines.append(f"c_1\ts_{number}\t{text}\t{tagged}\n")
+        if (row := as_jave(text.lower(), tagged.lower())) is None:
+            num_skipped += 1
+            continue
+        for name, column in zip(expected, (f"c_1\ts_{number}", *map(" ".join, row)), strict=True):
+            expected[name] += f"{column}\n"
+    assert 1000 < num_skipped < 4000
+    (tmp_path / "file").write_text("".join([*lines, "end"]), encoding="utf-8")
+    tally = mepave.write_sequences(tmp_path / "file", tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == expected
+    assert sum(tally.counts.values()) == len(lines) + len(["end"])
+
+
+def test_lines_end_as_jave_reads_them_and_the_blanks_after_the_last_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(f"\ufeff{ROW}\r\n{ROW}\r\r\n{ROW}\u3000 \n\n".encode())
+    tally = Tally()
+    assert [one.text for one in mepave.sentences(tmp_path / "file", tally)] == ["红色polo衫"] * 3
+    assert not tally.counts
 
 
 def test_a_line_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
@@ -117,6 +180,15 @@ def test_a_repeated_sid_and_an_unknown_attribute_are_counted(tmp_path: Path) -> 
     mepave.rows(tmp_path, "mepave", mepave.Negatives(), 0, tally)
     assert tally.counts["repeated sid"] == 1
     assert tally.examples["attribute not among the 26"] == ["s_2: 尺码"]
+
+
+@pytest.mark.parametrize("pair", ["\t", "\u3000\t\u3000", "红\u3000\t红<颜色>\u3000</颜色>", "红\t<>红</>"])
+def test_what_jave_writes_but_nobody_can_ask_for_is_no_product(tmp_path: Path, pair: str) -> None:
+    tally = Tally()
+    release(tmp_path, train=f"c_2\ts_2\t{pair}\n{ROW}")
+    rows = mepave.rows(tmp_path, "mepave", mepave.Negatives(), 0, tally)
+    assert [row["item"] for row in rows] == ["s_1"]
+    assert tally.examples == {"blank text, attribute or value": ["jdair.jave.train.txt: s_2"]}
 
 
 def test_a_missing_file_is_an_error_that_says_where_to_ask(tmp_path: Path) -> None:
