@@ -25,6 +25,7 @@ PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
 BEAM = ROOT / "benchmarks/peers/join_beam.py"
 LINES, LABELLED, LINE_BYTES = 120_000, 0.22, 6800
 ALL_LABELS = 3_474_518  # positives and negatives of MAVE
+LIMIT_MIB = 2048
 READERS = {
     "gzip": "import gzip; opened = gzip.open(path)",
     "isal": "from isal import igzip; opened = igzip.open(path)",
@@ -240,8 +241,9 @@ def all_labels(folder: Path, num_labels: int) -> None:
     for name, done in (("join", joined), ("products", stage)):
         print(
             f"{num_labels} label lines, {name}: {done.seconds:.0f} s ({done.cpu_s:.0f} s of CPU), "
-            f"{done.peak_mib:.0f} MiB at most (limit 2048)"
+            f"{done.peak_mib:.0f} MiB at most (limit {LIMIT_MIB})"
         )
+        assert done.peak_mib < LIMIT_MIB, name
 
 
 def main(arguments: list[str] | None = None) -> None:

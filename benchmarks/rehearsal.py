@@ -1,11 +1,11 @@
 """All of MAVE's road to pictures on this machine: generated files of the real shapes, served on loopback.
 
-    python -m benchmarks.rehearsal                                  some 200 MB, minutes
+    python -m benchmarks.rehearsal                                  some 300 MB, minutes
     python -m benchmarks.rehearsal --lines 15500000 --labelled 0.22 as large as the real thing: 100 GB of disk
 
 A copy of the project runs `dvc repro images@mave` with only addresses, pins and `images.hosts` changed. The
 metadata is zipped twice and has thumbnails, the files by category have pictures, labels come as positives and
-negatives; spans that are off, products of no category, dead and broken pictures occur.
+negatives; spans that are off, repeated products, products of no category, dead and broken pictures occur.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from pipeline.disk import sha256_of
 from pipeline.editing import edited
 
 ROOT = Path(__file__).resolve().parent.parent
+CATEGORIES = ("Mugs", "Bags", "Lamps")
 KEYS = [f"Attribute {number}" for number in range(30)]
 WORDS = [
     "red",
@@ -77,7 +78,7 @@ def product(number: int, rng: random.Random) -> tuple[dict[str, Any], list[str]]
         "also_buy": [asin(rng.randrange(10**6)) for _ in range(30)],
         "brand": rng.choice(WORDS),
         "feature": marked,
-        "similar_item": " ".join(rng.choices(WORDS, k=250)),
+        "similar_item": " ".join(rng.choices(WORDS, k=250)) * 4,
         "price": "$9.99",
         "asin": asin(number),
     }
@@ -96,7 +97,7 @@ def labels(number: int, texts: list[str], rng: random.Random) -> tuple[dict[str,
             begin = texts[pid].index(value) + (rng.random() < 0.02)
             evidences.append({"value": value, "pid": pid, "begin": begin, "end": begin + len(value)})
         positives.append({"key": key, "evidences": evidences})
-    row = {"id": asin(number), "category": "Mugs"}
+    row = {"id": asin(number), "category": CATEGORIES[number % len(CATEGORIES)]}
     negatives = [{"key": key, "evidences": []} for key in keys[3:]]
     return {**row, "attributes": positives}, {**row, "attributes": negatives}
 
@@ -120,7 +121,8 @@ def write_files(folder: Path, place: str, roots: list[str], num_lines: int, labe
         for number in range(num_lines):
             row, texts = product(number, rng)
             address = f"http://{place}/images/I/{asin(number)}"
-            whole.write(json.dumps({**row, "image": [f"{address}._SS40_.jpg"]}).encode() + b"\n")
+            line = json.dumps({**row, "image": [f"{address}._SS40_.jpg"]}).encode() + b"\n"
+            whole.write(line * (2 if number % 100 == 50 else 1))
             at = rng.randrange(len(roots) + 1)  # the last is none of the eight
             if at < len(roots):
                 pictures = {"imageURL": [f"{address}._SS40_.jpg"], "imageURLHighRes": [f"{address}.jpg"]}

@@ -2,12 +2,14 @@
 
 Prints instances per second, model FLOP utilisation, peak memory, and the time that 85,000 instances times 20
 epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy,
-pyarrow and what the model's file itself imports, pydantic and pytorch-crf; without a GPU it runs the same on the CPU, with fewer instances a step. On a GPU the step is timed
-with attention by kernels for ragged sequences and length by length. `--peak` is the peak of the device in
-TFLOP/s (an H200: 989); without it a square product is measured.
+pyarrow and what the model's file itself imports, pydantic and pytorch-crf; without a GPU it runs the same on
+the CPU, with fewer instances a step. On a GPU the step is timed with attention by kernels for ragged
+sequences and length by length. `--peak` is the peak of the device in TFLOP/s (an H200: 989); without it a
+square product is measured.
 """
 
 import argparse
+import resource
 import time
 from unittest import mock
 
@@ -121,14 +123,16 @@ def main() -> None:
         with mock.patch.object(ragged, "fits", return_value=False):
             by_length = seconds_a_step()
     seconds = seconds_a_step()
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if device == "cuda" else ""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+    if device == "cuda":
+        most = torch.cuda.max_memory_allocated() / 2**30
     peak = given.peak * 1e12 if given.peak else matmul_peak(torch.bfloat16, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else machine()
     print(f"training, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {device}: {name}")
     print(
         f"{size} instances of {given.max_length // 4} to {given.max_length} tokens: {seconds * 1e3:.0f} ms, "
         f"{size / seconds:.2f} instances/s, {work / seconds / 1e12:.2f} TFLOP/s, "
-        f"{work / seconds / peak:.0%} of {peak / 1e12:.2f}{memory}"
+        f"{work / seconds / peak:.0%} of {peak / 1e12:.2f}, {most:.1f} GiB at most"
     )
     if by_length is not None:
         print(f"with attention length by length: {by_length * 1e3:.0f} ms, {by_length / seconds:.2f} times")

@@ -103,7 +103,8 @@ def test_mave_goes_from_urls_to_products_and_pictures_with_only_places_and_pins_
                 text = row["paragraphs"][span["paragraph"]]["text"]
                 assert text[span["begin"] : span["end"]] == span["value"]
     counted = found["products"]["counted"]
-    assert {"span: text differs", "in no root", "metadata without label"} <= counted.keys()
+    wanted = {"span: text differs", "in no root", "metadata without label", "repeated metadata"}
+    assert wanted <= counted.keys()
     status = found["images"]["status"]
     assert found["images"]["rows"] == len(rows)
     assert status["ok"] > 60
