@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -205,6 +206,33 @@ def test_rows_are_questions_or_with_joint_products():
     questions = [Question(first, "Color"), Question(first, "Size"), Question(second, "Color")]
     assert [len(row) for row in train.rows(questions, joint=False)] == [1, 1, 1]
     assert [len(row) for row in train.rows(questions, joint=True)] == [2, 1]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_model_train as here
+
+def die(checkpoint):
+    if checkpoint.name.endswith("-8"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seal(checkpoint)
+
+seal, here.train.seal = here.train.seal, die
+here.fit({folder!r})
+"""
+
+
+def test_a_process_killed_while_it_saves_goes_on_from_the_checkpoint_before(uninterrupted, tmp_path):
+    script, here = tmp_path / "run.py", Path(__file__).parent
+    script.write_text(KILLED.format(tests=str(here), root=str(here.parent), folder=str(tmp_path / "saved")))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    assert train.last_whole_checkpoint(tmp_path / "saved") == str(tmp_path / "saved" / "checkpoint-4")
+    weights, history = fit(tmp_path / "saved")
+    assert history == uninterrupted[1]
+    assert same_weights(weights, uninterrupted[0])
 
 
 PROCESS = """
