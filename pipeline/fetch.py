@@ -11,27 +11,36 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 import aiohttp.abc
 import tenacity
 import yarl
+from aiohttp.http_exceptions import ContentLengthError
 
 from pipeline.retrying import REDIRECTS, TRANSIENT, retry_after_s
+
+if TYPE_CHECKING:
+    from aiohttp.client_proto import ResponseHandler
 
 Result = TypeVar("Result")
 MAX_HOPS = 5
 MAX_WAIT_S = 60.0  # a server that asks for more is left for the next run
 HEADERS = {"User-Agent": "smartave/0.1", "Accept": "image/*", "Accept-Encoding": "identity"}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how a network without IPv4 reaches the addresses of IPv4
+DISGUISED = tuple(  # IPv4 in IPv6: compatible, mapped, local NAT64, Teredo, 6to4; and the old local addresses
+    ipaddress.ip_network(network)
+    for network in ("::/96", "::ffff:0:0/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10")
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """`data` when `status` is `ok`.
+    """`data` when `status` is `ok`, else `error` tells what happened.
 
-    Else `bad_url`, `forbidden_host`, `not_found`, `refused`, `too_large` and `truncated` are final,
-    `transient` may work another time.
+    `bad_url`, `forbidden_host`, `not_found`, `refused`, `too_large` and `truncated` (closed in good order
+    short of the Content-Length, at every try) are final, `transient` may work another time.
     """
 
     status: str
@@ -73,7 +82,10 @@ class _PublicResolver(aiohttp.abc.AbstractResolver):
 
 
 def _is_public(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_global
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found in NAT64:
+        found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    return found.is_global and not found.is_multicast and not any(found in network for network in DISGUISED)
 
 
 def why_forbidden(url: yarl.URL, hosts: frozenset[str]) -> str | None:
@@ -147,16 +159,24 @@ class Client:
             return Fetched("bad_url", str(error))
         if not first.host:
             return Fetched("bad_url", "no host")
+        lost: list[Fetched] = []
+
+        def remember(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, _Again) and error.failed.status == "transient":
+                lost.append(error.failed)
+
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Again),
             stop=_Stop(self.attempts),
             wait=_wait,
+            after=remember,
             reraise=True,
         )
         try:
             return await again(self._once, first)
         except _Again as error:
-            return error.failed
+            return lost[-1] if lost else error.failed
 
     async def _once(self, url: yarl.URL) -> Fetched:
         """One try through all redirects within `timeout_s`."""
@@ -167,8 +187,6 @@ class Client:
                     return await self._follow(url)
             except TimeoutError:
                 raise _Again(Fetched("transient", f"no answer within {self.timeout_s} s")) from None
-            except aiohttp.ClientPayloadError:
-                raise _Again(Fetched("truncated", "the body ended early")) from None
             except aiohttp.ClientConnectorCertificateError:
                 return Fetched("refused", "the certificate is not valid")
             except (aiohttp.ClientError, OSError) as error:
@@ -203,12 +221,27 @@ class Client:
         too_large = Fetched("too_large", f"more than {self.max_bytes} bytes")
         if (response.content_length or 0) > self.max_bytes:
             return too_large
+        connection = response.connection  # None where the whole body has come
+        protocol = None if connection is None else connection.protocol
         data = bytearray()
-        async for part in response.content.iter_chunked(1 << 16):
-            data += part
-            if len(data) > self.max_bytes:
-                return too_large
+        try:
+            async for part in response.content.iter_chunked(1 << 16):
+                data += part
+                if len(data) > self.max_bytes:
+                    return too_large
+        except aiohttp.ClientPayloadError as error:
+            short = isinstance(error.__cause__, ContentLengthError) and not _was_lost(protocol)
+            raise _Again(Fetched("truncated" if short else "transient", "the body ended early")) from None
+        until_close = response.content_length is None and "Transfer-Encoding" not in response.headers
+        if until_close and _was_lost(protocol):  # which aiohttp takes for the end of such a body
+            raise _Again(Fetched("transient", "the connection was lost in the body"))
         return Fetched("ok", None, bytes(data))
+
+
+def _was_lost(protocol: "ResponseHandler | None") -> bool:
+    """Whether its connection ended with an error (a reset, say) and was not closed in good order."""
+    ended = None if protocol is None else protocol.exception()
+    return ended is not None and not isinstance(ended, aiohttp.ServerDisconnectedError)
 
 
 def _asked_s(state: tenacity.RetryCallState) -> float | None:

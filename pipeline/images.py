@@ -6,8 +6,8 @@
 An asin's image is the first of its `image_urls`: a URL, or with `base` a file below that folder.
 Its bytes are kept as they came. Rows are one per distinct asin, sorted. Statuses: `ok`, `no_url`;
 `missing` and `outside_base` (local files); `bad_url`, `forbidden_host`, `not_found`, `refused`
-and `transient` (see fetch); `too_large`; `not_image`, `truncated`, `corrupt`, `placeholder` and
-`too_many_pixels` (see pictures). An animated picture is its first frame.
+and `transient` (see fetch); `too_large`; `not_image`, `truncated` (also by fetch), `corrupt`,
+`placeholder` and `too_many_pixels` (see pictures). An animated picture is its first frame.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,14 @@ STATUSES = (  # that another try may change
     *("transient", "truncated", "refused", "not_found", "forbidden_host", "too_large"),
     *("not_image", "corrupt", "placeholder"),
 )
+FETCHED = {  # status -> the error of its row, whatever the fault was: equal statuses give equal bytes
+    "bad_url": "no URL, or redirected to none",
+    "forbidden_host": "images.hosts does not allow it, or not where it leads to",
+    "not_found": "the server has no such picture",
+    "refused": "the server refuses it",
+    "transient": "failed for now",
+    "truncated": "the body ends early",  # without a Content-Length only its decoding tells that it was cut
+}
 RETRY = f"of {', '.join(STATUSES)}; then `dvc repro` records what came"
 A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -52,7 +61,7 @@ class Settings(params.Settings):
     cdn_size_px: int | None = Field(None, ge=16, le=5000)  # Amazon's server scales the longer side to this
     shard_size: int = Field(64, ge=1, le=4096)
     # these change no byte of a finished shard
-    concurrency: int = Field(16, ge=1, le=256)  # requests at a time, of all workers
+    concurrency: int = Field(16, ge=1, le=256)  # requests at a time, of all workers, who are no more
     requests_per_s: float | None = Field(None, gt=0)  # at most, of all workers
     timeout_s: float = Field(30.0, gt=0)  # of one try, redirects included
     attempts: int = Field(5, ge=1, le=20)
@@ -131,6 +140,7 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
         urls = {row["asin"]: row["url"] for row in rows if kept.get(row["asin"], b"") is None}
         fetched = iter(network()(urls.values()) if urls else ())
         made = []
+        for_now = Counter[str | None]()
         for row in rows:
             found: bytes | pictures.Verdict
             if not row["url"]:
@@ -143,12 +153,17 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
                 found = before
             else:
                 answer = next(fetched)
+                if answer.status in TRANSIENT:
+                    for_now[answer.error] += 1
                 found = (
                     answer.data if answer.status == "ok" else pictures.Verdict(answer.status, answer.error)
                 )
             made.append(_row(row, found, settings))
             yield made[-1]
-        if any(row["status"] in TRANSIENT for row in made):
+        if for_now:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in for_now.most_common())
+            ends = f"{made[0]['asin']} to {made[-1]['asin']}"
+            sys.stderr.write(f"images {ends}: failed for now: {reasons}\n")
             _keep(made, [row["url"] for row in rows])
         else:
             _forget(row["url"] for row in rows if kept.get(row["asin"]) is not None)
@@ -215,6 +230,8 @@ def _row(row: dict[str, Any], found: bytes | pictures.Verdict, settings: Setting
         if isinstance(found, bytes)
         else found
     )
+    if row["url"] and row["local"] is None and verdict.status in FETCHED:
+        data, verdict = None, pictures.Verdict(verdict.status, FETCHED[verdict.status])
     ok = verdict.status == "ok"
     return {
         "asin": row["asin"],
@@ -229,14 +246,25 @@ def _row(row: dict[str, Any], found: bytes | pictures.Verdict, settings: Setting
 
 
 def share(settings: Settings, num_workers: int) -> Settings:
-    """What one of `num_workers` may ask of a server, so that all together hold the limits."""
+    """What one of `num_workers` may ask of a server, so that all together hold the limits.
+
+    `ValueError` where there are more workers than requests at a time.
+    """
+    if num_workers > settings.concurrency:
+        raise ValueError(
+            f"images.concurrency: {num_workers} workers cannot share at most {settings.concurrency} requests "
+            "at a time; raise it or set SMARTAVE_WORKERS lower"
+        )
     rate = settings.requests_per_s and settings.requests_per_s / num_workers
-    concurrency = max(1, settings.concurrency // num_workers)
+    concurrency = settings.concurrency // num_workers
     return settings.model_copy(update={"concurrency": concurrency, "requests_per_s": rate})
 
 
 def job(corpus: str, settings: Settings) -> shards.Job:
-    settings = share(settings, shards.executor(threads=1)[1])
+    at_most = None
+    if settings.hosts:  # else nothing is asked for
+        at_most = settings.concurrency
+        settings = share(settings, shards.executor(threads=1, at_most=at_most)[1])
     rows = inputs(wanted(Path("data") / corpus / "products.parquet"), settings)
     return shards.Job(
         stage="images",
@@ -249,6 +277,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         make_worker=make_worker,
         libraries=("pillow",),
         threads=1,
+        max_workers=at_most,
         transient=TRANSIENT,
         max_transient=settings.max_transient,
     )

@@ -39,10 +39,11 @@ class Verdict:
 
 
 def inspect(data: bytes, *, max_pixels: int, min_px: int) -> Verdict:
-    """The header is checked before anything is decoded, then the whole picture is decoded.
+    """The header is checked first, then the whole picture is decoded.
 
-    Status `not_image`, `too_many_pixels`, `placeholder` (a side shorter than `min_px`: shops answer
-    with such dots instead of 404), `truncated` (no end mark) or `corrupt`.
+    The header tells the status `not_image`, `too_many_pixels` or `placeholder` (a side shorter than `min_px`:
+    shops answer with such dots instead of 404). A picture that cannot be read is `truncated` where its end
+    mark lacks, else `corrupt`: mostly only decoding shows it.
     """
     try:
         with warnings.catch_warnings():

@@ -7,6 +7,8 @@ keeps connections alive where the answer allows it, and ends with its `with`.
 import asyncio
 import contextlib
 import gzip
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ BOMB = gzip.compress(bytes(64 << 20))
 DRIP_S = 0.02
 ENDLESS_PAUSE_S = 0.005
 PIECE_BYTES = 64 << 10
+NO_LINGER = struct.pack("ii", 1, 0)  # a socket that is closed so sends RST instead of FIN
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Server:
     sent: Counter[str] = field(default_factory=Counter)  # body bytes
     ranges: list[int] = field(default_factory=list)  # where each answer began
     connections: int = 0
+    at_once: int = 0  # requests that wait for their answer now
+    most_at_once: int = 0
     delays: dict[str, float] = field(default_factory=dict)  # before an answer, by path
     script: dict[str, list[str]] = field(default_factory=dict)  # path -> what its next requests get instead
     pause_s: float = 0.0  # between two pieces of a body
@@ -61,7 +66,10 @@ class Server:
         name = parts.path.strip("/")
         options = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self.hits[target.strip("/")] += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(self.delays.get(name, 0))
+        self.at_once -= 1
         fault, _, rest = name.partition("/")
         if name in self.files:
             fault, rest = "ok", name
@@ -80,16 +88,21 @@ class Server:
             case "ok":
                 return await self.send(target, writer, status, whole, data[begin:])
             case "reset":
+                if options.get("rst") == "yes":
+                    reset(writer)
                 writer.transport.abort()
                 return False
             case "cut" | "cut-reset":
                 part = data[begin : begin + int(options["at"])]
-                if options.get("length") == "no":
+                if options.get("length") in ("no", "chunked"):
                     del whole["Content-Length"]
+                if options.get("length") == "chunked":
+                    whole["Transfer-Encoding"] = "chunked"
+                    part = b"%x\r\n" % length + part
                 await self.send(target, writer, status, whole, part)
                 if len(part) < length and fault == "cut-reset":
                     await asyncio.sleep(0.02)
-                    writer.transport.abort()
+                    reset(writer)
                 return False
             case "slow-header":
                 for letter in "HTTP/1.1 200 OK\r\nX-Slow: " + "x" * 1000:
@@ -142,6 +155,11 @@ class Server:
             self.sent[target.strip("/")] += len(data[at : at + PIECE_BYTES])
             await writer.drain()
             await asyncio.sleep(self.pause_s)
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+    writer.transport.abort()
 
 
 @contextlib.contextmanager

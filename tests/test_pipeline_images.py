@@ -452,13 +452,66 @@ def test_a_closed_port_may_work_another_time():
         ("https://127.0.0.1/a.jpg", "forbidden_host", "127.0.0.1 is not a public address"),
         ("https://169.254.169.254/a.jpg", "forbidden_host", "not in images.hosts"),
         ("https://[::1]/a.jpg", "forbidden_host", "not in images.hosts"),
+        ("https://[64:ff9b::7f00:1]/a.jpg", "forbidden_host", "64:ff9b::7f00:1 is not a public address"),
         ("https://localhost/a.jpg", "forbidden_host", "localhost has no public address"),
     ],
 )
 def test_only_allowed_hosts_at_public_addresses_are_asked(url, status, why):
-    (answer,) = fetched([url], ["example.com", "127.0.0.1", "localhost"])
+    (answer,) = fetched([url], ["example.com", "127.0.0.1", "localhost", "64:ff9b::7f00:1"])
     assert answer.status == status
     assert why in answer.error
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("64:ff9b::5db8:d70e", True),  # NAT64 of the first: how a network without IPv4 reaches it
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("::127.0.0.1", False),
+        ("::93.184.215.14", False),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b::e000:1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("2001:0:7f00:1::", False),
+        ("2002:7f00:1::", False),
+        ("fe80::1%eth0", False),
+        ("fec0::1", False),
+        ("fc00::1", False),
+        ("ff02::1", False),
+        ("ff0e::1", False),
+    ],
+)
+def test_an_address_is_public_only_if_no_way_leads_from_it_to_a_private_one(address, public):
+    assert fetch._is_public(address) == public
+
+
+def test_a_name_that_leads_to_a_disguised_private_address_is_not_asked(monkeypatch):
+    async def resolve(*_):
+        return [
+            {
+                "hostname": "example.com",
+                "host": "2002:7f00:1::",
+                "port": 443,
+                "family": 10,
+                "proto": 6,
+                "flags": 0,
+            }
+        ]
+
+    monkeypatch.setattr("aiohttp.ThreadedResolver.resolve", resolve)
+    (answer,) = fetched(["https://example.com/a.jpg"], ["example.com"], attempts=1)
+    assert answer == fetch.Fetched("forbidden_host", "example.com has no public address")
 
 
 def test_a_name_with_its_port_may_be_a_machine_of_ones_own(server):
@@ -490,9 +543,13 @@ FAULTS = {  # path -> status
     "500/4.jpg?n=1": "ok",
     "500": "transient",
     "reset": "transient",
+    "reset?rst=yes": "transient",
     "cut/5.jpg?at=900": "truncated",
     "cut/5.jpg?at=900&length=no": "truncated",
-    "cut-reset/5.jpg?at=900": "truncated",
+    "cut/5.jpg?at=900&length=chunked": "transient",
+    "cut-reset/5.jpg?at=900": "transient",
+    "cut-reset/5.jpg?at=900&length=no": "transient",
+    "cut-reset/5.jpg?at=900&length=chunked": "transient",
     "slow-header": "transient",
     "never": "transient",
     "drip/6.jpg": "transient",
@@ -514,12 +571,21 @@ def test_every_fault_of_a_server_has_its_status_and_holds_its_deadline(corpus):
         urls = {asin: [server.url(path)] for asin, path in asins.items()}
         started = time.monotonic()
         rows = corpus(urls, hosts=[server.place], shard_size=64, **LOOPBACK)
-        assert time.monotonic() - started < 60  # of a server some of whose answers never end
+        assert time.monotonic() - started < 15  # it takes 3; some of the answers never end
         assert {asins[asin]: row["status"] for asin, row in rows.items()} == FAULTS
         assert all((row["image"] is None) == (row["status"] != "ok") for row in rows.values())
         assert server.sent["endless"] < 8 << 20, "the body was read on after the limit"
         assert server.hits["404"] == server.hits["403"] == server.hits["429?retry_after=3600"] == 1
         assert server.hits["429"] == server.hits["500"] == 2
+        assert all(server.hits[path] == 2 for path in FAULTS if path.startswith("cut") and "=no" not in path)
+        assert server.hits["cut-reset/5.jpg?at=900&length=no"] == 2
+
+
+def test_a_body_that_was_lost_once_is_not_truncated_for_good():
+    with serving(FILES) as server:
+        server.script["0.jpg"] = ["cut-reset/0.jpg?at=900", "cut/0.jpg?at=900", "cut/0.jpg?at=900"]
+        (answer,) = fetched([server.url("0.jpg")], [server.place], attempts=3)
+        assert (answer.status, server.hits["0.jpg"]) == ("transient", 3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -557,6 +623,71 @@ def test_orders_of_arrival_and_passing_faults_change_no_byte(corpus, monkeypatch
             assert [row["status"] for row in rows.values()].count("ok") == len(FILES)
             seen.add(tuple(shard_bytes().items()))
     assert len(seen) == 1
+
+
+SAME_STATUS = {  # status -> faults that end in it
+    "transient": [
+        *("500", "503", "429", "429?retry_after=3600", "never", "reset", "reset?rst=yes"),
+        *("cut-reset/0.jpg?at=900", "cut-reset/0.jpg?at=500&length=no", "cut/0.jpg?at=900&length=chunked"),
+    ],
+    "truncated": [f"cut/0.jpg?at={at}{length}" for at in (700, 900) for length in ("", "&length=no")],
+    "not_found": ["404", "410"],
+    "refused": ["401", "403", "to?url=/round"],
+    "forbidden_host": ["to?url=http://10.0.0.1/x", "to?url=http://10.0.0.2/x", "to?url=file:///etc/hostname"],
+    "bad_url": ["to?url=http://[1/x", "to?url=http://[2/x"],
+    "too_large": ["endless", "huge.jpg"],
+}
+
+
+def test_a_row_of_a_failed_picture_tells_its_status_and_not_the_fault(corpus, monkeypatch, tmp_path):
+    seen = set()
+    with serving({**FILES, "huge.jpg": bytes(1 << 21)}) as server:
+        for seed in range(3):
+            rng = random.Random(seed)
+            urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+            expected = dict.fromkeys(urls, "ok")
+            for number in range(2 * len(SAME_STATUS)):
+                status = sorted(SAME_STATUS)[number // 2]
+                urls[f"C{number:09d}"], expected[f"C{number:09d}"] = [server.url(f"f{number}")], status
+                server.script[f"f{number}"] = [rng.choice(SAME_STATUS[status]) for _ in range(20)]
+            server.script["round"] = ["to?url=/round"] * 20
+            server.delays = {name: rng.random() / 10 for name in FILES}
+            monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / f"store-{seed}"))
+            rows = corpus(urls, hosts=[server.place], shard_size=8, **{**LOOPBACK, "timeout_s": 1.0})
+            assert {asin: row["status"] for asin, row in rows.items()} == expected
+            seen.add(tuple(shard_bytes().items()))
+    assert len(seen) == 1
+
+
+def test_a_shard_that_took_several_runs_is_the_undisturbed_one_to_the_byte(corpus, monkeypatch, tmp_path):
+    with serving(FILES) as server:
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+        urls |= {f"C{number:09d}": [server.url(path)] for number, path in enumerate(("404", "html", "403"))}
+        settings = {"hosts": [server.place], "shard_size": 10, "attempts": 1, "timeout_s": 5.0}
+        monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / "undisturbed"))
+        corpus(urls, **settings)
+        undisturbed = shard_bytes()
+        monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / "disturbed"))
+        server.script = {
+            "0.jpg": ["500", "cut-reset/0.jpg?at=900", "429"],
+            "1.jpg": ["reset?rst=yes"],
+            "15.jpg": ["cut-reset/15.jpg?at=900&length=no"],
+        }
+        for _ in range(3):
+            with pytest.raises(ValueError, match="rows failed for now"):
+                corpus(urls, **settings)
+        corpus(urls, **settings)
+        assert shard_bytes() == undisturbed
+
+
+def test_what_failed_for_now_is_told_with_its_reasons(corpus, capfd):
+    with serving(FILES) as server:
+        urls = {
+            f"B{number:09d}": [server.url(path)] for number, path in enumerate(("500", "503", "404", "500?"))
+        }
+        corpus(urls, hosts=[server.place], attempts=1, max_transient=1.0)
+        told = capfd.readouterr().err
+    assert "images B000000000 to B000000003: failed for now: 2 HTTP 500, 1 HTTP 503" in told
 
 
 def test_only_what_failed_for_now_is_asked_for_again(corpus):
@@ -611,8 +742,26 @@ def test_workers_share_what_may_be_asked_of_a_server():
     settings = images.Settings(concurrency=16, requests_per_s=100)
     shared = images.share(settings, 5)
     assert (shared.concurrency, shared.requests_per_s) == (3, 20)
-    assert images.share(images.Settings(concurrency=2), 5).concurrency == 1
+    assert images.share(images.Settings(concurrency=5), 5).concurrency == 1
     assert images.share(images.Settings(), 5).requests_per_s is None
+
+
+def test_more_workers_than_requests_at_a_time_are_refused_where_pictures_are_fetched(corpus, monkeypatch):
+    monkeypatch.setenv("SMARTAVE_WORKERS", "3")
+    corpus({"B000000001": []}, concurrency=2)
+    with pytest.raises(
+        ValueError, match=r"images\.concurrency: 3 workers .* at most 2 requests.*SMARTAVE_WORKERS"
+    ):
+        images.job("toy", images.Settings(concurrency=2, hosts=("example.com",)))
+
+
+def test_no_more_requests_than_allowed_are_under_way_however_many_cores_there_are(corpus, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with serving(FILES) as server:
+        server.delays = dict.fromkeys(FILES, 0.2)
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
+        corpus(urls, hosts=[server.place], shard_size=2, concurrency=2)
+        assert server.most_at_once <= 2
 
 
 def test_after_a_retry_after_no_request_of_any_picture_begins_too_early():
