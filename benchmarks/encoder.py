@@ -129,6 +129,7 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its every start and stop
     repeats = int(os.environ.get("REPEATS", "5"))
     print(f"encoder layer, forward + backward; {machine()}")
     rows: dict[str, dict[str, list[float]]] = {}
