@@ -19,19 +19,24 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomically(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """A temporary path beside `path`: complete and on disk under the final name after the block, or gone."""
+def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`: complete and on disk under the final name after the block, or gone.
+
+    What is not `durable` may be damaged or lost by a failure of power, and is for who checks what he reads.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
@@ -52,8 +57,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(value: Any, path: Path) -> None:
-    with atomically(path) as temporary:
+def write_json(value: Any, path: Path, *, durable: bool = True) -> None:
+    with atomically(path, durable=durable) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 

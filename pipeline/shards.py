@@ -137,10 +137,9 @@ class _Stored:
         record_path = self.path.with_suffix(".json")
         if not record_path.is_file():
             return None
-        with contextlib.suppress(json.JSONDecodeError):
-            record: dict[str, Any] = json.loads(record_path.read_text())
-            if self.path.is_file() and is_intact(self.path, record):
-                return record
+        record = _record(record_path)
+        if record and self.path.is_file() and is_intact(self.path, record):
+            return record
         sys.stderr.write(f"{self.path} is corrupt: it is made again\n")
         return None
 
@@ -162,7 +161,7 @@ class _Stored:
                 "last": rows[-1]["asin"],
             }
         if finished:
-            write_json(record, path.with_suffix(".json"))
+            write_json(record, path.with_suffix(".json"), durable=False)  # lost, the shard is made again
             self.unfinished.unlink(missing_ok=True)
         return record
 
@@ -402,7 +401,16 @@ def _folders() -> list[Path]:
 
 def _records() -> Iterator[tuple[_Stored, dict[str, Any]]]:
     for path in sorted(store().glob("*/??/*.json")):
-        yield _Stored(path.parent.parent.name, path.stem), json.loads(path.read_text())
+        yield _Stored(path.parent.parent.name, path.stem), _record(path)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Empty where it is no JSON: a failure of power may damage it."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return record
 
 
 def status() -> list[str]:
@@ -415,7 +423,8 @@ def status() -> list[str]:
         )
     stored: dict[str, list[int]] = {}
     for shard, record in _records():
-        stored.setdefault(shard.stage, []).append(record["bytes"])
+        if record:
+            stored.setdefault(shard.stage, []).append(record["bytes"])
     lines += [
         f"{store()}/{stage}: {len(sizes)} finished shards, {sum(sizes) / 1e6:.1f} MB"
         for stage, sizes in stored.items()
@@ -434,7 +443,7 @@ def verify() -> list[str]:
     wrong = [
         f"{shard.path} is corrupt (the next run makes it again)"
         for shard, record in _records()
-        if not shard.path.is_file() or not is_intact(shard.path, record)
+        if not record or not shard.path.is_file() or not is_intact(shard.path, record)
     ]
     for path in _folders():
         try:

@@ -533,6 +533,18 @@ def test_a_corrupt_shard_of_the_store_is_made_again(kind, capsys):
     assert shards.verify() == []
 
 
+@pytest.mark.parametrize("left", [b"", b'{"rows": 4', b"\0\xff"])
+def test_a_shard_whose_record_was_lost_with_the_power_is_told_and_made_again(left, capsys):
+    good = contents(shards.run(job()))
+    victim = next(iter(finished()))
+    victim.with_suffix(".json").write_bytes(left)
+    assert shards.verify() == [f"{victim} is corrupt (the next run makes it again)"]
+    assert any("2 finished shards" in line for line in shards.status())
+    assert contents(shards.run(job())) == good
+    assert f"{victim} is corrupt: it is made again" in capsys.readouterr().err
+    assert shards.verify() == []
+
+
 def test_a_folder_without_its_manifest_is_not_complete():
     output = shards.run(job())
     (output / "manifest.json").unlink()
