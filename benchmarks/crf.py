@@ -12,19 +12,20 @@ from model.crf import ScanCRF
 CHAINS, TAGS, LENGTHS = 32, 4, (64, 256, 1024)
 
 
-def gradient(crf: ScanCRF, emissions: torch.Tensor, tags: torch.Tensor, mask: torch.Tensor, *, loop: bool):
+def gradient(crf: CRF | ScanCRF, emissions: torch.Tensor, tags: torch.Tensor, mask: torch.Tensor):
     emissions = emissions.detach().requires_grad_()
-    if loop:
-        CRF.forward(crf, emissions, tags, mask).backward()
-    else:
+    if isinstance(crf, ScanCRF):
         crf.log_likelihood(emissions, tags, mask).sum().backward()
+    else:
+        crf(emissions, tags, mask).backward()
     return emissions.grad
 
 
 def main() -> None:
     torch.manual_seed(0)
-    crf, precise = ScanCRF(TAGS), ScanCRF(TAGS).double()
-    precise.load_state_dict(crf.state_dict())
+    loop, scan, precise = CRF(TAGS, batch_first=True), ScanCRF(TAGS), CRF(TAGS, batch_first=True).double()
+    for crf in (scan, precise):
+        crf.load_state_dict(loop.state_dict())
     print(f"CRF, {CHAINS} chains, {TAGS} tags, float32; {machine()}")
     columns = ("tokens", "torchcrf", "ours", "", "decode", "ours", "", "errors of gradients")
     print("".join(f"{column:>10}" for column in columns))
@@ -34,14 +35,14 @@ def main() -> None:
         given = emissions, tags, mask
         times = best_s(
             {
-                "loop": lambda given=given: gradient(crf, *given, loop=True),
-                "scan": lambda given=given: gradient(crf, *given, loop=False),
-                "decode": lambda given=given: CRF.decode(crf, given[0], given[2]),
-                "paths": lambda given=given: crf.best_paths(given[0], given[2]),
+                "loop": lambda given=given: gradient(loop, *given),
+                "scan": lambda given=given: gradient(scan, *given),
+                "decode": lambda given=given: loop.decode(given[0], given[2]),
+                "paths": lambda given=given: scan.best_paths(given[0], given[2]),
             }
         )
-        want = gradient(precise, emissions.double(), tags, mask, loop=True)
-        errors = [(gradient(crf, *given, loop=loop) - want).abs().max().item() for loop in (True, False)]
+        want = gradient(precise, emissions.double(), tags, mask)
+        errors = [(gradient(crf, *given) - want).abs().max().item() for crf in (loop, scan)]
         pairs = [times[name] for name in ("loop", "scan", "decode", "paths")]
         cells = [f"{length:10d}"]
         for theirs, ours in (pairs[:2], pairs[2:]):

@@ -1,11 +1,10 @@
 """The paper's configuration in training: 12 + 4 layers, 768 wide, batch 32, up to 1,024 tokens, bfloat16.
 
 Prints instances per second, model FLOP utilisation, peak memory, and the time that 85,000 instances times 20
-epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy,
-pyarrow and what the model's file itself imports, pydantic and pytorch-crf; without a GPU it runs the same on
-the CPU, with fewer instances a step. On a GPU the step is timed with attention by kernels for ragged
-sequences and length by length. `--peak` is the peak of the device in TFLOP/s (an H200: 989); without it a
-square product is measured.
+epochs would take, for which the paper needed 64 V100s and 74 minutes. Needs torch, transformers, numpy and
+pyarrow alone; without a GPU it runs the same on the CPU, with fewer instances a step. On a GPU the step is
+timed with attention by kernels for ragged sequences and length by length. `--peak` is the peak of the device
+in TFLOP/s (an H200: 989); without it a square product is measured.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.timing import machine, matmul_peak
 from model import ragged
-from model.smartave import Config, Model
+from model.network import Config, Network
 
 WORDS, OUTPUT, REGIONS, WIDTH = 30522, 4, 37, 2048
 SHARES = (0.06, 0.38, 0.09, 0.09, 0.09, 0.09, 0.09, 0.11)  # title, description, bullets, OCR
@@ -93,7 +92,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     config = Config(max_position=given.max_length)
-    model = Model(config).to(device)
+    model = Network(config).to(device)
     data = batch(size, given.max_length)
     work = flops(config, data)
     data = {name: tensor.to(device) for name, tensor in data.items()}

@@ -8,17 +8,22 @@ empty.
 """
 
 import torch
-from torch import Tensor
-from torchcrf import CRF
+from torch import Tensor, nn
 
 IMPOSSIBLE = -1e30  # finite, since the gradient of a logsumexp over nothing but -inf is not a number
 
 
-class ScanCRF(CRF):
-    """`torchcrf.CRF(num_tags, batch_first=True)`, evaluated in float32 or better."""
+class ScanCRF(nn.Module):
+    """Parameters as in `torchcrf.CRF(num_tags)`, drawn as there; evaluated in float32 or better."""
 
     def __init__(self, num_tags: int) -> None:
-        super().__init__(num_tags, batch_first=True)
+        super().__init__()
+        self.num_tags = num_tags
+        self.start_transitions = nn.Parameter(torch.empty(num_tags))
+        self.end_transitions = nn.Parameter(torch.empty(num_tags))
+        self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
+        for drawn in self.parameters():
+            nn.init.uniform_(drawn, -0.1, 0.1)
 
     def log_likelihood(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """Of each chain, (B,), from emissions (B, T, C) and tags (B, T)."""

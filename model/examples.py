@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.shards import ShardFolder
+from pipeline.reading import ShardFolder
 
 
 @dataclass(frozen=True, slots=True)

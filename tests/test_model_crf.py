@@ -25,11 +25,19 @@ def batch(lengths, num_tags, seed):
     return crf, emissions, tags, mask
 
 
+def of_torchcrf(crf):
+    """torchcrf's own with the very same parameters."""
+    theirs = CRF(crf.num_tags, batch_first=True)
+    for name, parameter in crf.named_parameters():
+        setattr(theirs, name, parameter)
+    return theirs
+
+
 @settings(max_examples=60, deadline=None)
 @given(chains, st.integers(1, 4), st.integers(0, 2**31))
 def test_likelihoods_and_gradients_are_those_of_torchcrf(lengths, num_tags, seed):
     crf, emissions, tags, mask = batch(lengths, num_tags, seed)
-    want = CRF.forward(crf, emissions, tags, mask, reduction="none")
+    want = of_torchcrf(crf)(emissions, tags, mask, reduction="none")
     got = crf.log_likelihood(emissions, tags, mask)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     weights = torch.randn_like(want)
@@ -47,7 +55,8 @@ def test_likelihoods_and_gradients_are_those_of_torchcrf(lengths, num_tags, seed
 def test_best_paths_are_those_of_torchcrf(lengths, num_tags, seed):
     crf, emissions, _, mask = batch(lengths, num_tags, seed)
     best = crf.best_paths(emissions, mask)
-    assert [path[:n] for path, n in zip(best.tolist(), lengths, strict=True)] == crf.decode(emissions, mask)
+    want = of_torchcrf(crf).decode(emissions, mask)
+    assert [path[:n] for path, n in zip(best.tolist(), lengths, strict=True)] == want
     assert not best[~mask].any()
 
 
@@ -72,8 +81,12 @@ def test_sum_and_maximum_over_all_paths_of_small_chains(lengths, num_tags, seed)
         assert given_scores[chain].item() == pytest.approx(wanted, abs=1e-10)
 
 
-def test_parameters_can_be_exchanged_with_torchcrf():
+def test_parameters_are_drawn_as_by_torchcrf_and_can_be_exchanged_with_it():
+    torch.manual_seed(0)
     theirs = CRF(4, batch_first=True)
+    torch.manual_seed(0)
     ours = ScanCRF(4)
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+import grimp
 import pytest
 from conftest import ROOT, tracked_files
 
@@ -112,6 +113,18 @@ def test_imports_go_down_only() -> None:
 
 def test_flows_know_dvc_and_no_stage() -> None:
     assert not [one for one in imported("pipeline/flows.py") if one.split(".")[0] in ("model", "features")]
+
+
+def test_the_paper_s_configuration_needs_four_packages() -> None:
+    """A lent machine with a GPU has torch, transformers (which brings tokenizers), numpy and pyarrow."""
+    names = ("benchmarks", *PACKAGES)
+    graph = grimp.build_graph(
+        *names, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+    )
+    found = {name.partition(".")[0] for name in graph.find_upstream_modules("benchmarks.train")}
+    needed = found - sys.stdlib_module_names - set(names)
+    lazily = {"grimp"}  # by pipeline.provenance, where code is digested
+    assert needed - lazily == {"torch", "transformers", "tokenizers", "numpy", "pyarrow"}
 
 
 def test_main_is_short() -> None:
