@@ -25,6 +25,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -63,25 +64,26 @@ def pictures() -> list[bytes]:
 
 def serve(files: list[bytes], told: Connection) -> None:
     """`/NUMBER.jpg`, connections kept alive; a process of its own."""
-    heads = [
-        f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    answers = [
+        f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
         for data in files
     ]
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while request := await reader.readuntil(b"\r\n\r\n"):
-                number = int(request[5 : request.index(b".jpg")]) % len(files)
-                writer.write(heads[number] + files[number])
-                await writer.drain()
+    class Answer(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport, self.asked = cast(asyncio.Transport, transport), b""
+
+        def data_received(self, data: bytes) -> None:
+            self.asked += data
+            while (end := self.asked.find(b"\r\n\r\n")) >= 0:
+                request, self.asked = self.asked[:end], self.asked[end + 4 :]
+                number = int(request[5 : request.index(b".jpg")])
+                self.transport.write(answers[number % len(answers)])
                 if b"connection: close" in request.lower():
-                    break
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        writer.close()
+                    self.transport.close()  # after what is written
 
     async def forever() -> None:
-        server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
+        server = await asyncio.get_running_loop().create_server(Answer, "127.0.0.1", 0, backlog=512)
         told.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
