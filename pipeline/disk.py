@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,14 +30,26 @@ def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterat
     try:
         yield temporary
         if durable:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when the bytes of `path` are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def start_sync(path: Path) -> None:
+    """Let the bytes of `path` leave for the disk and wait for none, so that a later `sync` is short."""
+    if sys.platform == "linux":
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
