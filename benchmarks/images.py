@@ -3,9 +3,10 @@
 Both keep the bytes as they came and decode every picture to see that it is whole. One process of img2dataset
 decodes in threads on all cores, one of ours on one (Pillow keeps the interpreter's lock); so img2dataset also
 runs as one process of 16 threads, and the faster form is the one to beat. Each runs with few and with many
-pictures, in three turns of which the fastest counts, after a sync of the disk; the difference leaves start-up
-out. img2dataset's clock is that of its shards: its last seconds are waits. What one connection gets from the
-server shows that it is not the limit.
+pictures, after a sync of the disk; the difference leaves start-up out. Each takes turns with the others and
+its median counts: on a shared machine, the fastest of each would be of other minutes. img2dataset's clock is
+that of its shards: its last seconds are waits. What one connection gets from the server shows that it is not
+the limit.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 import numpy as np
@@ -35,7 +37,7 @@ from pipeline import schema, shards
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
 FEW, MANY = 128, 2176  # few: a shard of 64 for each of our processes, so that both start
-TURNS = 3
+TURNS = 5
 PROCESSES, CONCURRENCY = 2, 8
 SIDE_PX, DISTINCT = 800, 32
 
@@ -43,7 +45,6 @@ SIDE_PX, DISTINCT = 800, 32
 @dataclass(frozen=True)
 class Run:
     seconds: float
-    cpu_s: float
     peak_mib: float
 
 
@@ -116,7 +117,7 @@ def run(command: list[str], folder: Path, **environment: str) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command[:3]} failed:\n{errors[-3000:]}")
-    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Run(time.perf_counter() - start, usage.ru_maxrss / 1024)
 
 
 def ours(folder: Path, urls: list[str], place: str, files: list[bytes]) -> Run:
@@ -162,21 +163,6 @@ def theirs(folder: Path, urls: list[str], processes: int) -> Run:
     return replace(done, seconds=seconds)
 
 
-def fastest(runs: list[Run]) -> Run:
-    """Its least time and its least CPU time: other work on the machine only adds to what one takes."""
-    least = min(runs, key=lambda one: one.seconds)
-    return replace(least, cpu_s=min(one.cpu_s for one in runs))
-
-
-def show(name: str, few: Run, many: Run, num_images: int) -> tuple[float, float]:
-    seconds, cpu_s = many.seconds - few.seconds, many.cpu_s - few.cpu_s
-    print(
-        f"{name:14s} {num_images / seconds:7.1f} images/s, by CPU time {num_images / cpu_s:7.1f} images/s, "
-        f"{many.peak_mib:5.0f} MiB at most in one process"
-    )
-    return seconds, cpu_s
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
     parser.add_argument("--images", type=int, default=MANY)
@@ -197,23 +183,25 @@ def main(arguments: list[str] | None = None) -> None:
             forms[f"img2dataset, {processes}"] = partial(theirs, processes=processes)
     else:
         print("  (the peer is not installed: benchmarks/peers.txt says how)")
-    runs: dict[tuple[str, int], list[Run]] = {}
-    for turn in range(TURNS):  # in turns: what else the machine does falls on all alike
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    peaks: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(TURNS):
         for name, form in forms.items():
+            done = []
             for number in (FEW, many):
                 os.sync()  # what one leaves to be written is not waited for by the next
                 with tempfile.TemporaryDirectory() as folder:
-                    done = form(Path(folder, f"{turn}"), urls[:number])
-                runs.setdefault((name, number), []).append(done)
-    our_s = our_cpu_s = 0.0
-    for name in forms:
-        few, whole = (fastest(runs[name, number]) for number in (FEW, many))
-        seconds, cpu_s = show(name, few, whole, many - FEW)
-        if name == "ours":
-            our_s, our_cpu_s = seconds, cpu_s
-        else:
-            times, cpu_times = seconds / our_s, cpu_s / our_cpu_s
-            print(f"  ours is {times:.1f} times as fast, by CPU time {cpu_times:.1f} times")
+                    done.append(form(Path(folder, f"{turn}"), urls[:number]))
+            seconds[name].append(done[1].seconds - done[0].seconds)
+            peaks[name].append(done[1].peak_mib)
+    for name, taken in seconds.items():
+        rates = sorted((many - FEW) / one for one in taken)
+        print(
+            f"{name:14s} {median(rates):7.1f} images/s ({rates[0]:.0f} to {rates[-1]:.0f}), "
+            f"{max(peaks[name]):4.0f} MiB at most in one process"
+        )
+        if name != "ours":
+            print(f"  ours is {median(taken) / median(seconds['ours']):.2f} times as fast")
     server.terminate()
 
 
