@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--instances", type=int, help="of a step; by default 32, on a CPU 2")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--steps", type=int, help="that count; by default 20, on a CPU 2")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in bfloat16")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in this precision")
     given, _ = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, steps = (
         given.instances or (32 if device == "cuda" else 2),
         given.steps or (20 if device == "cuda" else 2),
     )
+    dtype = getattr(torch, given.precision)
     torch.manual_seed(0)
     config = Config(max_position=given.max_length)
     model = Network(config).to(device)
@@ -99,7 +101,7 @@ def main() -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss = model(**data)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,13 +127,14 @@ def main() -> None:
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
     if device == "cuda":
         most = torch.cuda.max_memory_allocated() / 2**30
-    peak = given.peak * 1e12 if given.peak else matmul_peak(torch.bfloat16, device=device)
+    peak = given.peak * 1e12 if given.peak else matmul_peak(dtype, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else machine()
-    print(f"training, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {device}: {name}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"training, {millions:.0f} M parameters, {given.precision}, {device}: {name}")
     print(
         f"{size} instances of {given.max_length // 4} to {given.max_length} tokens: {seconds * 1e3:.0f} ms, "
-        f"{size / seconds:.2f} instances/s, {work / seconds / 1e12:.2f} TFLOP/s, "
-        f"{work / seconds / peak:.0%} of {peak / 1e12:.2f}, {most:.1f} GiB at most"
+        f"{size / seconds:.2f} instances/s, {work / seconds / 1e12:.3g} TFLOP/s, "
+        f"{work / seconds / peak:.0%} of {peak / 1e12:.3g}, {most:.1f} GiB at most"
     )
     if by_length is not None:
         print(f"with attention length by length: {by_length * 1e3:.0f} ms, {by_length / seconds:.2f} times")
