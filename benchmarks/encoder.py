@@ -3,12 +3,14 @@
 The mix of segments: title 5 %, description 35 %, five bullets of 8 %, OCR 10 %, image 10 %; as many
 examples as make 2,048 local-tokens, dense batches all. `bound` is what free attention would win over BERT,
 1 + N / (6 D). Memory is the most that forward and backward hold at one time beside the weights and their
-gradients. At the longest, Longformer and BigBird (their layers with their default windows) too. Writes the
-plot of both to docs/figures/encoder.svg.
+gradients. At the longest, Longformer and BigBird (their layers with their default windows) too. In float32,
+and in bfloat16 where the processor has instructions for it. Writes the plot of time and memory.
 """
 
+import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdModel
 from transformers.models.longformer.modeling_longformer import LongformerModel
 
 from benchmarks.timing import best_s, machine, matmul_peak
+from features.devices import has_bfloat16
 from model.encoder import Encoder
 from model.packed import pack, packed_encoder
 
@@ -127,20 +130,23 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="turns, of which the best counts")
+    parser.add_argument("--plot", type=Path, default=Path("docs/figures/encoder.svg"))
+    given = parser.parse_args(arguments or [])
     torch.manual_seed(0)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its every start and stop
-    repeats = int(os.environ.get("REPEATS", "5"))
     print(f"encoder layer, forward + backward; {machine()}")
     rows: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if has_bfloat16("cpu") else (torch.float32,):
             print(f"{dtype}: matmul peak {matmul_peak(dtype) / 1e9:.0f} GFLOP/s")
             curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
             for length in LENGTHS:
                 runs = forms(length, dtype)
                 seconds = best_s(
-                    {name: lambda run=run: run().backward() for name, run in runs.items()}, repeats
+                    {name: lambda run=run: run().backward() for name, run in runs.items()}, given.repeats
                 )
                 cells = []
                 for name, run in runs.items():
@@ -154,8 +160,8 @@ def main() -> None:
                     f"{length:6d}  " + ", ".join(cells) + f"; {dense_s / seconds['ours']:.2f}x SDPA, "
                     f"{fastest / seconds['ours']:.2f}x the faster, bound {1 + length / (6 * WIDTH):.2f}x"
                 )
-    plot(rows, Path("docs/figures/encoder.svg"))
+    plot(rows, given.plot)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

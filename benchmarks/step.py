@@ -21,6 +21,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import best_s, machine, matmul_peak
+from features.devices import has_bfloat16
 from model.encoder import Encoder
 from model.examples import Product, Question
 from model.packed import pack, packed_encoder
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     print(machine())
     whole_steps(given.pretrained)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if has_bfloat16("cpu") else (torch.float32,):
         share_of_peak(dtype)
     joint()
 
