@@ -50,7 +50,7 @@ class Settings(params.Settings):
 
 
 class Model(Network):
-    """The network, started."""
+    """The network, and how it starts from settings, a training split and a pretrained checkpoint."""
 
     @classmethod
     def start(

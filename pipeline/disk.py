@@ -30,7 +30,8 @@ def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterat
     try:
         yield temporary
         if durable:
-            sync(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
@@ -39,14 +40,8 @@ def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterat
         sync_folder(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Return when the bytes of `path` are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def start_sync(path: Path) -> None:
-    """Let the bytes of `path` leave for the disk and wait for none, so that a later `sync` is short."""
+    """Let the bytes of `path` leave for the disk and wait for none, so that a later fsync is short."""
     if sys.platform == "linux":
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -31,7 +31,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from pipeline import cluster, params, schema, workers
-from pipeline.disk import atomically, is_intact, sha256_of, start_sync, sync, sync_folder, write_json
+from pipeline.disk import atomically, is_intact, sha256_of, start_sync, sync_folder, write_json
 from pipeline.progress import bar as progress_bar
 from pipeline.provenance import code_digest, code_files, digest
 from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
@@ -149,9 +149,9 @@ class _Stored:
         status = Counter(row["status"] for row in rows)
         finished = not transient.intersection(status)
         path = self.path if finished else self.unfinished
-        # Whether its bytes are those of the record is checked before it is used; `settle` waits for the disk.
-        with atomically(path, mode=0o444, durable=False) as temporary:
+        with atomically(path, mode=0o444) as temporary:
             schema.write_parquet(rows, job_schema, temporary)
+            start_sync(temporary)  # while its digest is taken
             record = {
                 "rows": len(rows),
                 "bytes": temporary.stat().st_size,
@@ -161,20 +161,10 @@ class _Stored:
                 "first": rows[0]["asin"],
                 "last": rows[-1]["asin"],
             }
-            start_sync(temporary)
         if finished:
-            write_json(record, path.with_suffix(".json"), durable=False)
+            write_json(record, path.with_suffix(".json"), durable=False)  # lost, the shard is made again
             self.unfinished.unlink(missing_ok=True)
         return record
-
-    def settle(self) -> None:
-        """Return when it is on the disk. Where that fails its bytes may be lost: it is made again."""
-        try:
-            sync(self.path)
-        except OSError:
-            self.path.with_suffix(".json").unlink()
-            self.path.unlink()
-            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +364,6 @@ def _assemble(
             _copy(shard.unfinished, path)
             shard.unfinished.unlink()
         else:
-            shard.settle()
             _link(shard.path, path)
         entries.append({"name": path.name, "fingerprint": shard.fingerprint, **record})
     sync_folder(job.output)

@@ -116,7 +116,7 @@ def test_flows_know_dvc_and_no_stage() -> None:
 
 
 def test_the_paper_s_configuration_needs_four_packages() -> None:
-    """A lent machine with a GPU has torch, transformers (which brings tokenizers), numpy and pyarrow."""
+    """So that it runs where a GPU is and little else; tokenizers comes with transformers."""
     names = ("benchmarks", *PACKAGES)
     graph = grimp.build_graph(
         *names, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
