@@ -32,9 +32,12 @@ class ScanCRF(nn.Module):
     def path_score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """The unnormalised score of each chain's tags, (B,)."""
         emitted = emissions.gather(2, tags[:, :, None]).squeeze(2) * mask
-        moved = self.transitions[tags[:, :-1], tags[:, 1:]] * mask[:, 1:]
+        pairs = tags[:, :-1] * self.num_tags + tags[:, 1:]
+        # By index_select: of many equal indices a GPU sums the gradients of indexing one after another.
+        moved = self.transitions.flatten().index_select(0, pairs.flatten()).view_as(pairs) * mask[:, 1:]
         last = tags.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
-        ends = self.start_transitions[tags[:, 0]] + self.end_transitions[last]
+        starts = self.start_transitions.index_select(0, tags[:, 0])
+        ends = starts + self.end_transitions.index_select(0, last)
         return ends + emitted.sum(1) + moved.sum(1)
 
     def log_partition(self, emissions: Tensor, mask: Tensor) -> Tensor:

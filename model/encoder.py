@@ -205,6 +205,8 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of identical layers over the embedded hyper- and local-tokens."""
 
+    compiled = False  # by model.packed, which runs it
+
     def __init__(
         self,
         *,
@@ -217,6 +219,7 @@ class Encoder(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
+        self.num_heads = num_heads
         self.layers = nn.ModuleList(
             EncoderLayer(
                 hidden_size=hidden_size,
@@ -236,15 +239,6 @@ class Encoder(nn.Module):
         for ours, theirs in zip(self.layers, layers, strict=False):
             assert isinstance(ours, EncoderLayer)
             ours.start_from(theirs)
-
-    def compile_dense(self) -> None:
-        """Compile what is dense in a layer, once for all layers and numbers of tokens.
-
-        Attention stays as it is: its shapes are others in each batch.
-        """
-        for layer in self.layers:
-            assert isinstance(layer, EncoderLayer)
-            layer.feed_forward = torch.compile(layer.feed_forward, dynamic=True)  # type: ignore[method-assign]
 
     def forward(
         self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from model import ragged
 from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture, precise
 from model.encoder import Encoder
 from model.examples import Extraction
 from model.packed import pack, packed_encoder
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
+from model.recorded import FILL, WIDE, Recordings
 from model.standardise import standardised
 from model.tagging import Tagger, batch_mean
 
@@ -77,6 +79,7 @@ class Network(PreTrainedModel):
     region_axes: Tensor
     accepts_loss_kwargs = False  # the loss is a mean already
     main_input_name = "input_ids"
+    recordings: Recordings | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -142,8 +145,9 @@ class Network(PreTrainedModel):
 
         Word or projected region, position, type and modality (section 3.3); positions restart in segments.
         """
-        num_text, num_regions = input_ids.shape[1], regions.shape[1]
-        row, column = at // (num_text + num_regions), at % (num_text + num_regions)
+        num_text, num_local = input_ids.shape[1], position.shape[1]
+        at = at % position.numel()  # what only fills up is beyond it
+        row, column = at // num_local, at % num_local
         local = self.words(input_ids[row, column.clamp_max(num_text - 1)])
         image = (column >= num_text).nonzero().flatten()
         features = regions[row[image], column[image] - num_text]
@@ -178,11 +182,20 @@ class Network(PreTrainedModel):
         hyper = self.embedding_dropout(hyper)
         kind = hyper_kind.gather(1, segment.clamp_min(0))  # (B, L)
         if self.config.packed:
-            packing = pack(hyper_mask, segment, private)
+            fits = ragged.fits(self.encoder.num_heads, hyper)
+            if recorded := self.training and self.encoder.compiled and fits:
+                more = (0, -segment.shape[1] % WIDE)
+                segment = nn.functional.pad(segment, more, value=-1)
+                position, kind = (nn.functional.pad(x, more) for x in (position, kind))
+            packing = pack(hyper_mask, segment, private, FILL if recorded else None)
             local = self.embed_local(packing.local_at, input_ids, regions, position, kind)
             hyper = hyper.flatten(0, 1).index_select(0, packing.hyper_at)
-            used = packing.pack(is_attribute, nn.functional.pad(copy_mask, (0, regions.shape[1])))
-            encoded = packed_encoder(self.encoder, hyper, local, packing, keep=used)
+            if recorded:
+                self.recordings = self.recordings or Recordings(self.encoder)
+                encoded = self.recordings(hyper, local, packing)
+            else:
+                used = packing.pack(is_attribute, nn.functional.pad(copy_mask, (0, regions.shape[1])))
+                encoded = packed_encoder(self.encoder, hyper, local, packing, keep=used)
             hyper, text = packing.unpack(*encoded, num_text)
             return hyper[:, :num_attributes], text
         everywhere = torch.arange(segment.numel(), device=segment.device)
@@ -224,26 +237,32 @@ class Network(PreTrainedModel):
         Of a batch that is computed in parts, `counts` is the mean of what `Model.counts` says of these.
         """
         outputs, texts = self.counts({"targets": targets, "tag_mask": tag_mask}) if counts is None else counts
+        # Before anything else: later it would wait for a GPU to encode.
+        asked = (targets != IGNORED).flatten().nonzero().flatten()
         attributes, text = self.encode(input_ids=input_ids, copy_mask=copy_mask, **layout)
         memory = self.remember(attributes, text, copy_mask, layout["hyper_mask"])
         states, copy, gate, _ = self.decoder(self.embed_output(decoder_input_ids), memory)
-        asked = targets != IGNORED  # the vocabulary is wide: only for tokens that count
-        wanted = targets[asked]
-        generated = self.vocabulary(states[asked]).gather(-1, wanted[:, None]).squeeze(-1)
-        copied = log_copied(copy, memory.of_question(input_ids), targets)[asked]
+        copied = log_copied(copy, memory.of_question(input_ids), targets)
+        states, wanted, gate, copied = (  # the vocabulary is wide: only for tokens that count
+            x.flatten(0, 1).index_select(0, asked) for x in (states, targets, gate, copied)
+        )
+        generated = self.vocabulary(states).gather(-1, wanted[:, None]).squeeze(-1)
         log_likelihood = torch.logaddexp(
-            nn.functional.logsigmoid(gate[asked]) + generated, nn.functional.logsigmoid(-gate[asked]) + copied
+            nn.functional.logsigmoid(gate) + generated, nn.functional.logsigmoid(-gate) + copied
         )
         decoder_loss = batch_mean(-log_likelihood.sum(), outputs)
         emissions = self.emissions(attributes, text, layout["hyper_mask"]).flatten(0, 1)  # (Q * T, C)
-        tagging_loss = self.tagger.loss(emissions[tag_index], tags, tag_mask, texts)
+        emissions = emissions.index_select(0, tag_index.flatten()).unflatten(0, tag_index.shape)
+        tagging_loss = self.tagger.loss(emissions, tags, tag_mask, texts)
         loss = decoder_loss + self.config.alpha * tagging_loss
         return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
 
     def remember(self, attributes: Tensor, text: Tensor, copy_mask: Tensor, hyper_mask: Tensor) -> Memory:
         """The decoder's memory of an encoded batch."""
+        if not self.config.joint:
+            return self.decoder.remember(attributes.squeeze(1), text, copy_mask)
         asked = hyper_mask[:, : attributes.shape[1]]
-        return self.decoder.remember(attributes[asked], text, copy_mask, asked if self.config.joint else None)
+        return self.decoder.remember(attributes[asked], text, copy_mask, asked)
 
     def emissions(self, attributes: Tensor, text: Tensor, hyper_mask: Tensor) -> Tensor:
         """The tagger's emissions for each question, (Q, T, C)."""

@@ -11,6 +11,7 @@ so many tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,10 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from model import ragged
-from model.encoder import Encoder, EncoderLayer, StructuredAttention, readable
+from model.encoder import Encoder, EncoderLayer, StructuredAttention, masked_softmax, readable
 
 LONG = 256  # keys from which on the fused kernel is the faster one on a CPU; in bfloat16 it never is
+TILE = 128  # tokens that a kernel for ragged sequences takes at a time
 LESS = 1 / 3  # of a projection's work, up to which it is better absorbed: small products are slower
+
+
+class Picked(torch.autograd.Function):
+    """Rows of (R, D) at places of which none but R is there twice; R is no row and gives any.
+
+    The gradient of index_select would be added up row by row, which takes a GPU ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(rows)
+        return rows.index_select(0, places.clamp_max(len(rows) - 1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        rows = gradient.new_zeros(ctx.size + 1, gradient.shape[1]).index_copy(0, places, gradient)
+        return rows[: ctx.size], None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +51,15 @@ class Packing:
     """Where the tokens of a padded batch stand when packed."""
 
     hyper_at: Tensor  # (M,) flat places in (B, N)
-    local_at: Tensor  # (P,) flat places in (B, L)
+    local_at: Tensor  # (P,) flat places in (B, L); B * L where a token is only there to fill up
     hyper_row: Tensor  # (B, N) packed places of hyper-tokens, 0 at padding
-    local_row: Tensor  # (B, L) packed places of local-tokens, 0 at padding
     hyper_mask: Tensor  # (B, N) bool
     private: Tensor | None
     reads: Tensor  # (B, N, N) bool: the hyper-tokens that a hyper-token, and its local-tokens, attend to
+    segment: Tensor  # (B, L), -1 at padding
     owner: Tensor  # (S,) flat places in (B, N) of the hyper-tokens that own a segment
     groups: tuple[tuple[int, int], ...]
+    multiple: int | None  # of local-tokens, where shapes are to be few
 
     @property
     def num_hyper(self) -> int:
@@ -49,24 +71,37 @@ class Packing:
         return [count * length for count, length in self.groups]
 
     @cached_property
-    def segments(self) -> ragged.Sequences:
+    def sequences(self) -> ragged.Sequences:
         """The local-tokens, segment by segment."""
         lengths = [length for count, length in self.groups for _ in range(count)]
-        return ragged.Sequences.of(torch.tensor(lengths, dtype=torch.long, device=self.owner.device))
-
-    def read_by(self, places: Tensor) -> ragged.Gathered:
-        """The packed hyper-tokens that those at `places`, flat in (B, N), attend to."""
-        num_hyper = self.hyper_row.shape[1]
-        rows = self.hyper_row.index_select(0, places // num_hyper)
-        return ragged.Gathered.of(self.reads.flatten(0, 1)[places], rows)
+        if self.multiple is not None:
+            fill = len(self.local_at) - sum(lengths)
+            lengths += [0] * (self.hyper_mask.numel() - len(lengths))
+            lengths += [min(TILE, max(0, fill - begin)) for begin in range(0, self.multiple, TILE)]
+        return ragged.Sequences.of(lengths, self.owner.device)
 
     @cached_property
-    def read_by_hyper(self) -> ragged.Gathered:
-        return self.read_by(self.hyper_at)
+    def owned(self) -> Tensor:
+        """(B, N, L) bool: the local-tokens of a hyper-token."""
+        slots = torch.arange(self.reads.shape[1], device=self.segment.device)
+        return slots[:, None] == self.segment[:, None]
 
     @cached_property
-    def read_by_owner(self) -> ragged.Gathered:
-        return self.read_by(self.owner)
+    def read_by_local(self) -> Tensor:
+        """(B, L, N) bool: the hyper-tokens that a local-token attends to; something also at padding."""
+        owner = self.segment.clamp_min(0)[:, :, None].expand(-1, -1, self.reads.shape[1])
+        return self.reads.gather(1, owner)
+
+    def rows_of_local(self, local: Tensor) -> Tensor:
+        """(P, D) to (B, L, D), zero at padding."""
+        size, width = self.segment.numel(), local.shape[1]
+        rows = local.new_zeros(size + 1, width).index_copy(0, self.local_at, local)
+        return rows[:size].unflatten(0, self.segment.shape)
+
+    def of_local_rows(self, rows: Tensor) -> Tensor:
+        """(B, L, D) to (P, D)."""
+        picked: Tensor = Picked.apply(rows.flatten(0, 1), self.local_at)
+        return picked
 
     def pack(self, hyper: Tensor, local: Tensor) -> Tensor:
         """(B, N, ...) and (B, L, ...) to (M + P, ...)."""
@@ -86,12 +121,16 @@ class Packing:
     def unpack(self, hyper: Tensor, local: Tensor, num_local: int | None = None) -> tuple[Tensor, Tensor]:
         """(M, D) and (P, D) to (B, N, D) and the first `num_local` of (B, L, D); what stands at padding is
         finite and means nothing."""
-        row = self.local_row[:, :num_local]
-        return self.rows_of_hyper(hyper), local.index_select(0, row.flatten()).unflatten(0, row.shape)
+        return self.rows_of_hyper(hyper), self.rows_of_local(local)[:, :num_local].contiguous()
 
 
-def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> Packing:
+def pack(
+    hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None, multiple: int | None = None
+) -> Packing:
     """The packing of a padded batch, (B, N) bool and (B, L) with -1 at padding; `private` as in `readable`.
+
+    With `multiple`, for shapes that come again: hyper-tokens stay padded, local-tokens are filled up to it by
+    some that nobody reads.
 
     Whoever owns local-tokens is no padding. Local-tokens of a segment keep their order.
     `segment = [[0, 2, 0, 0], [1, 1, 0, -1]]` has segments of 3, 1, 2 and 1 tokens, which stand as
@@ -111,17 +150,21 @@ def pack(hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None) -> 
     owners = owners[size[owners].argsort(stable=True)]
     lengths, counts = size[owners].unique_consecutive(return_counts=True)
     hyper_at, local_at = hyper_mask.flatten().nonzero().flatten(), places[order]
+    if multiple is not None:
+        hyper_at = torch.arange(hyper_mask.numel(), device=segment.device)
+        local_at = nn.functional.pad(local_at, (0, -len(local_at) % multiple), value=segment.numel())
     return Packing(
         hyper_at=hyper_at,
         local_at=local_at,
         hyper_row=inverse(hyper_at, hyper_mask.numel()).view_as(hyper_mask),
-        local_row=inverse(local_at, segment.numel()).view_as(segment),
         hyper_mask=hyper_mask,
         private=private,
         # Padding reads itself, so that no softmax is over nothing.
         reads=readable(hyper_mask, private) | torch.eye(num_hyper, dtype=torch.bool, device=places.device),
+        segment=segment,
         owner=owners,
         groups=tuple(zip(counts.tolist(), lengths.tolist(), strict=True)),
+        multiple=multiple,
     )
 
 
@@ -165,10 +208,13 @@ def absorb(vectors: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
     return (vectors.transpose(0, 1) @ weight).transpose(0, 1), (vectors * bias).sum(-1)
 
 
-def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
-    """The four patterns over packed tokens, (M + P, D) to the same, before the output projection."""
-    if ragged.fits(attention, x):
-        return ragged_attention(attention, x, packing)
+def packed_attention(
+    attention: StructuredAttention, x: Tensor, packing: Packing, of_locals: "OfLocals"
+) -> Tensor:
+    """The four patterns over packed tokens, (M + P, D) to the same, before the output projection.
+
+    `of_locals` is `by_length` or `at_once`.
+    """
     heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
     hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
 
@@ -176,27 +222,66 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
     of_hyper = torch.stack(
         project(hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]), dim=1
     )
-    batch, num_hyper = packing.hyper_row.shape
     dense = packing.rows_of_hyper(of_hyper).unflatten(3, (heads, -1))  # (B, N, 5, H, D/H)
     queries, keys, values = dense[:, :, :3].permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
     z_hyper = torch.zeros_like(queries)
     if "h2h" not in attention.without:
         z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
-    z_hyper = z_hyper.transpose(1, 2).reshape(batch * num_hyper, -1)
+    z_hyper = z_hyper.transpose(1, 2).flatten(2)  # (B, N, D)
+    of_owners, z_local = of_locals(attention, local, dense, packing)
+    return torch.cat([packing.of_rows(z_hyper + of_owners), z_local])
 
-    counts = [count for count, _ in packing.groups]
-    asks = dense[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
+
+OfLocals = Callable[[StructuredAttention, Tensor, Tensor, Packing], tuple[Tensor, Tensor]]
+
+
+def at_once(
+    attention: StructuredAttention, local: Tensor, of_hyper: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """`by_length` on a GPU: one ragged call among local-tokens, example by example with hyper-tokens.
+
+    The kernel for ragged sequences spends on few keys what it spends on many, and more still on gradients.
+    """
+    heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
+    _, _, values_hyper, keys_hyper, asks = of_hyper.unbind(2)  # (B, N, H, D/H)
+    queries, keys, values = project(local, query["l2l"], key["l2l"], attention.value_local)
+    z_local, z_hyper = torch.zeros_like(queries), torch.zeros_like(values_hyper).flatten(2)
+    if len(local) and "l2l" not in attention.without:
+        q, k, v = (part.unflatten(1, (heads, -1)) for part in (queries, keys, values))
+        z_local = ragged.attend(q, k, v, packing.sequences, dropout.p * dropout.training).flatten(1)
+    if len(local) and "l2h" not in attention.without:
+        z_local = z_local + local_to_hyper(local, values_hyper, keys_hyper, query["l2h"], dropout, packing)
+    if len(local) and "h2l" not in attention.without:
+        z_hyper = hyper_to_local(local, values, asks, key["h2l"], dropout, packing)
+    return z_hyper, z_local
+
+
+def by_length(
+    attention: StructuredAttention, local: Tensor, of_hyper: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """What hyper-tokens read of local-tokens, (B, N, D), and these of both kinds, (P, D).
+
+    Args:
+        local: (P, D).
+        of_hyper: (B, N, 5, H, D/H), what `packed_attention` projects.
+    """
+    heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
+    batch, num_hyper = packing.hyper_row.shape
+    width, counts = local.shape[1], [count for count, _ in packing.groups]
+    asks = of_hyper[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
     reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
     absorbed, constant = absorb(asks, key["h2l"])
     maps = [query["l2l"], key["l2l"], attention.value_local]
     l2h = "l2h" not in attention.without
-    work = batch * num_hyper * (x.shape[1] + packing.local_row.shape[1] * heads)  # of absorbing, over D
-    dense_l2h = l2h and work < LESS * len(local) * x.shape[1] and packing.private is None
+    work = batch * num_hyper * (width + packing.segment.shape[1] * heads)  # of absorbing, over D
+    dense_l2h = l2h and work < LESS * len(local) * width and packing.private is None
     l2h_by_group = l2h and not dense_l2h
     of_local = project(local, *maps, *([query["l2h"]] if l2h_by_group else []))
-    read = [dense] * len(counts)
+    read = [of_hyper] * len(counts)
     if l2h_by_group:
-        read = dense[:, :, 2:4].index_select(0, packing.owner // num_hyper).split(counts)  # (S, N, 2, H, D/H)
+        read = (
+            of_hyper[:, :, 2:4].index_select(0, packing.owner // num_hyper).split(counts)
+        )  # (S, N, 2, H, D/H)
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []
     for (*parts, tokens), of_hypers, asked, offset, mask, (count, length) in zip(
@@ -221,49 +306,14 @@ def packed_attention(attention: StructuredAttention, x: Tensor, packing: Packing
         if "h2l" not in attention.without:
             scores = asked @ tokens.view(count, length, -1).transpose(1, 2) + offset[:, :, None]  # (S, H, m)
             gathered.append((dropout(scores.softmax(-1))[:, :, None] @ values).flatten(1))  # (S, D)
+    z_hyper = of_hyper.new_zeros(batch * num_hyper, width)
     if gathered:
-        z_hyper = z_hyper.index_add(0, packing.owner, torch.cat(gathered))
-    of_owners = torch.cat(z_local) if z_local else local
+        z_hyper = z_hyper.index_copy(0, packing.owner, torch.cat(gathered))
+    of_locals = torch.cat(z_local) if z_local else local
     if dense_l2h:
-        values, keys = dense[:, :, 2:4].unbind(2)
-        of_owners = of_owners + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
-    return torch.cat([packing.of_rows(z_hyper.unflatten(0, (batch, num_hyper))), of_owners])
-
-
-def ragged_attention(attention: StructuredAttention, x: Tensor, packing: Packing) -> Tensor:
-    """`packed_attention` in one call for each pattern, whatever the lengths."""
-    query, key, single = attention.query, attention.key, ragged.Sequences.single
-    rate = attention.dropout.p * attention.training
-
-    def projected(tokens: Tensor, *layers: Any) -> list[Tensor]:
-        return [part.unflatten(1, (attention.num_heads, -1)) for part in project(tokens, *layers)]
-
-    hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
-    of_h2h, read_h2h, values_hyper, read_l2h, of_h2l = projected(
-        hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]
-    )
-    of_l2l, read_l2l, values_local, of_l2h, read_h2l = projected(
-        local, query["l2l"], key["l2l"], attention.value_local, query["l2h"], key["h2l"]
-    )
-    z_hyper, z_local, segments = torch.zeros_like(of_h2h), torch.zeros_like(of_l2l), packing.segments
-    if "h2h" not in attention.without:
-        found, rows = packing.read_by_hyper, packing.read_by_hyper.rows
-        z_hyper = ragged.attend(
-            of_h2h, read_h2h[rows], values_hyper[rows], single(of_h2h), found.sequences, rate
-        )
-    if len(local) and "h2l" not in attention.without:
-        owners = packing.hyper_row.flatten()[packing.owner]
-        asking = of_h2l[owners]
-        gathered = ragged.attend(asking, read_h2l, values_local, single(asking), segments, rate)
-        z_hyper = z_hyper.index_add(0, owners, gathered)
-    if len(local) and "l2l" not in attention.without:
-        z_local = ragged.attend(of_l2l, read_l2l, values_local, segments, segments, rate)
-    if len(local) and "l2h" not in attention.without:
-        found, rows = packing.read_by_owner, packing.read_by_owner.rows
-        z_local = z_local + ragged.attend(
-            of_l2h, read_l2h[rows], values_hyper[rows], segments, found.sequences, rate
-        )
-    return torch.cat([z_hyper, z_local]).flatten(1)
+        values, keys = of_hyper[:, :, 2:4].unbind(2)
+        of_locals = of_locals + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
+    return z_hyper.unflatten(0, (batch, num_hyper)), of_locals
 
 
 def local_to_hyper(
@@ -274,13 +324,34 @@ def local_to_hyper(
     Example by example, with the projection of the queries absorbed by the keys.
     """
     batch, num_hyper, heads, _ = keys.shape
-    padded = local.index_select(0, packing.local_row.flatten()).view(batch, -1, local.shape[1])
     absorbed, constant = absorb(keys.flatten(0, 1), query)
-    scores = padded @ absorbed.reshape(batch, num_hyper * heads, -1).transpose(1, 2)  # (B, L, N * H)
+    tokens = packing.rows_of_local(local)
+    scores = tokens @ absorbed.reshape(batch, num_hyper * heads, -1).transpose(1, 2)  # (B, L, N * H)
     scores = (scores + constant.view(batch, 1, -1)).unflatten(2, (num_hyper, heads))
-    weights = scores.masked_fill(~packing.hyper_mask[:, None, :, None], -math.inf).softmax(dim=2)
+    weights = scores.masked_fill(~packing.read_by_local[..., None], -math.inf).softmax(dim=2)
     z = dropout(weights).permute(0, 3, 1, 2) @ values.transpose(1, 2)  # (B, H, L, D/H)
-    return z.transpose(1, 2).reshape(-1, local.shape[1]).index_select(0, packing.local_at)
+    return packing.of_local_rows(z.transpose(1, 2).flatten(2))
+
+
+def hyper_to_local(
+    local: Tensor, values: Tensor, asks: Tensor, key: Any, dropout: nn.Dropout, packing: Packing
+) -> Tensor:
+    """What hyper-tokens that ask (B, N, H, D/H) read of their local-tokens (P, D), values (P, D); (B, N, D).
+
+    Example by example, with the projection of the keys absorbed by the queries; zero where nothing is owned.
+    """
+    batch, num_hyper, heads, _ = asks.shape
+    absorbed, constant = absorb(asks.flatten(0, 1), key)
+    tokens = packing.rows_of_local(local)
+    scores = absorbed.reshape(batch, num_hyper * heads, -1) @ tokens.transpose(1, 2)  # (B, N * H, L)
+    scores = (scores + constant.view(batch, -1, 1)).unflatten(1, (num_hyper, heads))
+    weights = dropout(masked_softmax(scores, packing.owned[:, :, None])).transpose(1, 2)  # (B, H, N, L)
+    read = packing.rows_of_local(values).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, L, D/H)
+    return (weights.to(read.dtype) @ read).transpose(1, 2).flatten(2)
+
+
+# Once for all layers and numbers of tokens; attention has other shapes in each batch.
+compiled_feed_forward = torch.compile(EncoderLayer.feed_forward, dynamic=True)
 
 
 def packed_encoder(
@@ -291,14 +362,16 @@ def packed_encoder(
     With `keep`, (M + P) bool, the last layer computes these tokens alone; the others are zero.
     """
     x = torch.cat([hyper, local])
+    kept = None if keep is None else keep.nonzero().flatten()
+    of_locals = at_once if ragged.fits(encoder.num_heads, x) else by_length
+    feed_forward = compiled_feed_forward if encoder.compiled else EncoderLayer.feed_forward
     last = len(encoder.layers) - 1
     for index, layer in enumerate(encoder.layers):
         assert isinstance(layer, EncoderLayer)
-        z = packed_attention(layer.attention, x, packing)
-        if keep is not None and index == last:
-            kept = keep.nonzero().flatten()
+        z = packed_attention(layer.attention, x, packing, of_locals)
+        if kept is not None and index == last:
             x, z = x.index_select(0, kept), z.index_select(0, kept)
-        x = layer.feed_forward(x, layer.attention.output(z))
-    if keep is not None:
+        x = feed_forward(layer, x, layer.attention.output(z))
+    if keep is not None and kept is not None:
         x = x.new_zeros(len(keep), x.shape[1]).index_copy(0, kept, x)
     return x[: packing.num_hyper], x[packing.num_hyper :]

@@ -43,7 +43,7 @@ class Settings(params.Settings):
     alpha: float = Field(0.6, ge=0)
     joint: bool = False  # all attributes of a product in one pass; the paper asks one by one
     packed: bool = True  # false: the encoder in reference form, the same numbers slower
-    compile: bool = False  # the dense part of layers by torch.compile: half a minute, up to three times
+    compile: bool = False  # layers by torch.compile, half a minute, up to three times; recorded on a GPU
     without_texts: tuple[TextKind, ...] = ()  # Figure 3: kinds of paragraphs the model does not see
     without_patterns: tuple[Pattern, ...] = ()  # Figure 4: attention patterns left out
     shared_query_key: bool = False  # Table 3: one Q and one K for the four patterns
@@ -89,8 +89,7 @@ class Model(Network):
             model.load_pretrained(path, layers=settings.pretrained_layers, tokenizer=tokenizer)
         if settings.image:
             model.measure_regions(questions)
-        if settings.compile:
-            model.encoder.compile_dense()
+        model.encoder.compiled = settings.compile
         return model, processor
 
     @torch.no_grad()

@@ -96,16 +96,18 @@ class Tagger(nn.Module):
         Args:
             emissions: (S, T, C), one row per segment and attribute.
             tags: (S, T).
-            mask: (S, T) bool, a prefix of every row. Rows without tokens are left out.
+            mask: (S, T) bool, a prefix of every row. Rows without tokens cost nothing.
             count: of tokens, where it is not that of `mask`.
         """
-        rows = mask[:, 0]
         # Nothing to learn from still has a gradient, zero, which several processes wait for.
         total = emissions.sum() * 0 + sum(weight.sum() * 0 for weight in self.crf.parameters())
-        if rows.any():
-            with torch.autocast(emissions.device.type, enabled=False):
-                total = total - self.crf.log_likelihood(emissions[rows], tags[rows], mask[rows]).sum()
-        return batch_mean(total, mask.sum() if count is None else count)
+        filled = mask[:, 0]
+        count = mask.sum() if count is None else count
+        # As if of one token where there is none: picking the others would wait for a GPU.
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        with torch.autocast(emissions.device.type, enabled=False):
+            likelihood = self.crf.log_likelihood(emissions, tags, mask)
+        return batch_mean(total - likelihood.masked_fill(~filled, 0).sum(), count)
 
     @torch.no_grad()
     def decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -13,9 +12,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model.packed
-from model import ragged
-from model.encoder import Encoder, StructuredAttention
-from model.packed import LESS, LONG, pack, packed_encoder
+from benchmarks.train import batch
+from model import ragged, recorded
+from model.encoder import Encoder, EncoderLayer, StructuredAttention
+from model.network import Config, Network
+from model.packed import LESS, LONG, TILE, pack, packed_encoder
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "dropout": 0.0}
 
@@ -41,7 +42,6 @@ def test_the_packing_of_two_rows_is_this():
     assert packing.hyper_at.tolist() == [0, 1, 2, 3, 4]
     assert packing.hyper_row.tolist() == [[0, 1, 2], [3, 4, 0]]
     assert packing.local_at.tolist() == [1, 6, 4, 5, 0, 2, 3]
-    assert packing.local_row.tolist() == [[4, 0, 5, 6], [2, 3, 1, 0]]
     assert packing.owner.tolist() == [2, 3, 4, 0]
     assert packing.groups == ((2, 1), (1, 2), (1, 3))
     assert packing.reads.int().tolist() == [
@@ -162,12 +162,13 @@ def test_the_last_layer_may_leave_out_what_nobody_asks_for():
 
 def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     """By AOTAutograd without code generation: what is compiled when is decided before it."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    feed_forward = torch.compile(EncoderLayer.feed_forward, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(model.packed, "compiled_feed_forward", feed_forward)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     encoder = Encoder(**SIZES | {"num_layers": 3})
     compiled = copy.deepcopy(encoder)
-    compiled.compile_dense()
+    compiled.compiled = True
     batches = [[[2, 0, 3], [1, 4]], [[5, 5]], [[1], [2, 2, 2, 2], [0, 1]]]
     for number, counts in enumerate(batches):
         hyper_mask, segment = padded(counts, generator)
@@ -180,6 +181,83 @@ def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths(mon
                 encoded = torch.cat(packed_encoder(one, hyper, local, packing))
             found.append((encoded, *torch.autograd.grad(encoded.pow(2).sum(), [hyper, *one.parameters()])))
         torch.testing.assert_close(found[1], found[0])
+
+
+def densely(queries, keys, values, begins, _, max_q, max_k, dropout_p, **rest):
+    """What `slowly` computes, without a look at numbers, so that it can be traced."""
+    sequence = torch.bucketize(torch.arange(len(queries)), begins[1:], right=True)
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(queries.shape[-1])
+    scores = scores.masked_fill(sequence[:, None] != sequence, -math.inf)
+    return (torch.einsum("hqk,khd->qhd", torch.dropout(scores.softmax(-1), dropout_p, True), values),)
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """As if on a GPU that records, all but the recording, traced by AOTAutograd: the shapes asked for."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", densely)
+    monkeypatch.setattr(recorded, "compiled", torch.compile(recorded.run, dynamic=True, backend="aot_eager"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    made = []
+
+    def graphed(layers, sample, **options):
+        made.append([tensor.shape for tensor in sample])
+        return layers
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    return made
+
+
+def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unrecorded):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    encoder = Encoder(**SIZES).double()
+    recordings = recorded.Recordings(encoder)
+    batches = [
+        [[2, 0, 3, 1, 1], [1, 4, 2]],
+        [[5, 5, 1], [70, 260], [1, 2, 3]],
+        [[1, 0, 3, 1, 1], [0, 4, 3]],  # of the first one's shape
+    ]
+    for number, counts in enumerate(batches):
+        hyper_mask, segment = padded(counts, generator)
+        hyper = torch.randn(*hyper_mask.shape, 8, dtype=torch.float64, requires_grad=True)
+        local = torch.randn(*segment.shape, 8, dtype=torch.float64, requires_grad=True)
+        packing = pack(hyper_mask, segment, multiple=2 * TILE)
+        num_local = len(packing.local_at)
+        assert num_local % (2 * TILE) == 0
+        assert packing.num_hyper == hyper_mask.numel()
+        assert packing.sequences.begins[-1] == num_local
+        assert len(packing.sequences.begins) == hyper_mask.numel() + 3
+        rows = local.flatten(0, 1)[packing.local_at.clamp_max(segment.numel() - 1)]
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            got = packing.unpack(*recordings(hyper.flatten(0, 1), rows, packing))
+        want = encoder(hyper, local, hyper_mask, segment)
+        found = []
+        for of_hyper, of_local in (got, want):
+            real = of_hyper[hyper_mask], of_local[segment >= 0]
+            loss = real[0].pow(3).sum() + real[1].pow(2).sum()
+            found.append((*real, *torch.autograd.grad(loss, [hyper, local, *encoder.parameters()])))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert len(unrecorded) == 2
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_network_that_records_trains_as_one_that_does_not(unrecorded, monkeypatch, joint):
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "encoder_layers": 2, "encoder_heads": 2}
+    config = Config(**sizes, vocab_size=30522, decoder_layers=1, decoder_heads=2, dropout=0.0, joint=joint)
+    batches = [batch(3, 300), batch(2, 90)]
+    found = []
+    for compiled in (False, True):
+        monkeypatch.setattr(ragged, "fits", lambda heads, x, compiled=compiled: compiled)
+        torch.manual_seed(0)
+        network = Network(config).double().train()
+        network.encoder.compiled = compiled
+        for data in batches:
+            network(**data)["loss"].backward()
+        found.append({name: weight.grad for name, weight in network.named_parameters()})
+    assert len(unrecorded) == len(batches)
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=0, atol=1e-8, msg=name)
 
 
 def test_unpacking_fewer_local_tokens_gives_the_first_ones():
@@ -203,7 +281,7 @@ def test_a_batch_without_any_local_token_is_encoded(num_hyper):
     torch.testing.assert_close(got, want.flatten(0, 1))
 
 
-def test_ragged_kernels_are_called_once_a_pattern_whatever_the_lengths():
+def test_ragged_kernels_are_called_once_a_layer_whatever_the_lengths():
     generator = torch.Generator().manual_seed(0)
     hyper_mask, segment = padded([[2, 0, 3], [1, 4], [7, 6, 5, 8]], generator)
     packing = pack(hyper_mask, segment)
@@ -211,7 +289,7 @@ def test_ragged_kernels_are_called_once_a_pattern_whatever_the_lengths():
     hyper, local = torch.randn(packing.num_hyper, 8), torch.randn(len(packing.local_at), 8)
     with ragged_kernels(), mock.patch.object(ragged, "attend", side_effect=ragged.attend) as attend:
         packed_encoder(encoder, hyper, local, packing)
-        assert [call.args[-1] for call in attend.call_args_list] == [0.25] * 4
+        assert [call.args[-1] for call in attend.call_args_list] == [0.25]
         encoder.eval()
         packed_encoder(encoder, hyper, local, packing)
         assert attend.call_args.args[-1] == 0
@@ -222,7 +300,7 @@ def test_the_kernel_that_is_called_exists_and_has_gradients():
     with FakeTensorMode():
         tokens = torch.randn(9, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         sequences = ragged.Sequences(torch.zeros(4, dtype=torch.int32, device="cuda"), 5)
-        output = ragged.attend(*tokens.unbind(1), sequences, sequences, 0.1)
+        output = ragged.attend(*tokens.unbind(1), sequences, 0.1)
         assert (output.shape, output.dtype, output.device.type) == ((9, 4, 64), torch.bfloat16, "cuda")
         assert type(output.grad_fn).__name__ == "FlashAttentionBackward0"
 
@@ -239,29 +317,65 @@ def test_the_kernel_that_is_called_exists_and_has_gradients():
 )
 def test_ragged_kernels_are_for_gpus_in_half_precision(device, dtype, heads, capability, fits, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    attention = StructuredAttention(hidden_size=64, num_heads=heads, dropout=0.0)
     with FakeTensorMode():
         x = torch.zeros(3, 64, device=device, dtype=dtype)
-    assert ragged.fits(attention, x) == fits
+    assert ragged.fits(heads, x) == fits
     monkeypatch.setattr("torch.is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr("torch.get_autocast_dtype", lambda device: torch.bfloat16)
-    assert ragged.fits(attention, x) == (fits or dtype == torch.float32)
+    assert ragged.fits(heads, x) == (fits or dtype == torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_ragged_kernels_give_what_goes_by_length_on_a_gpu():
+@pytest.mark.parametrize("joint", [False, True])
+def test_ragged_kernels_are_as_exact_as_what_goes_by_length_on_a_gpu(joint):
     generator = torch.Generator().manual_seed(0)
-    hyper_mask, segment = padded([[2, 0, 3], [1, 4], [70, 6, 51, 8]], generator)
+    hyper_mask, segment = padded([[2, 0, 3], [1, 4], [70, 6, 51, 8], [300, 200]], generator)
+    private = hyper_mask & (torch.arange(4) == 0) if joint else None
+    packing = pack(hyper_mask.cuda(), segment.cuda(), private.cuda() if joint else None)
     torch.manual_seed(0)
-    encoder = Encoder(**SIZES | {"hidden_size": 64}).cuda()
-    packing = pack(hyper_mask.cuda(), segment.cuda())
-    tokens = torch.randn(packing.num_hyper + len(packing.local_at), 64, device="cuda", requires_grad=True)
-    found = []
+    encoder = Encoder(**SIZES | {"hidden_size": 128}).cuda()
+    tokens = torch.randn(packing.num_hyper + len(packing.local_at), 128, device="cuda", requires_grad=True)
+    weights = torch.randn_like(tokens)
+
+    def run(encoder, tokens):
+        parts = tokens.split([packing.num_hyper, len(packing.local_at)])
+        output = torch.cat(packed_encoder(encoder, *parts, packing))
+        return output, *torch.autograd.grad((output * weights).sum(), [tokens, *encoder.parameters()])
+
+    want = run(copy.deepcopy(encoder).double(), tokens.double())
+    errors = []
     for is_ragged in (False, True):
-        with mock.patch.object(ragged, "fits", return_value=is_ragged):
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                parts = tokens.split([packing.num_hyper, len(packing.local_at)])
-                output = torch.cat(packed_encoder(encoder, *parts, packing)).float()
-            found.append((output, *torch.autograd.grad(output.pow(3).sum(), [tokens, *encoder.parameters()])))
-    for by_length, at_once in zip(*found, strict=True):
-        torch.testing.assert_close(at_once, by_length, rtol=0.05, atol=0.05)
+        with (
+            mock.patch.object(ragged, "fits", return_value=is_ragged),
+            torch.autocast("cuda", dtype=torch.bfloat16),
+        ):
+            got = run(encoder, tokens)
+        errors.append([float((g - w).norm().detach()) for g, w in zip(got, want, strict=True)])
+    for by_length, at_once, right in zip(*errors, want, strict=True):
+        assert at_once < 2 * by_length + 1e-3
+        assert at_once < 0.02 * float(right.norm()) + 0.1  # the gradient of a key's bias is zero
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_records_has_the_gradients_of_what_it_does_not():
+    """Also where several batches of several shapes add up to one step."""
+    batches = [
+        {name: x.cuda() for name, x in batch(*size).items()} for size in ((4, 256), (3, 128), (4, 256))
+    ]
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "encoder_layers": 2, "encoder_heads": 2}
+    config = Config(**sizes, decoder_layers=1, decoder_heads=2, dropout=0.0)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = Network(config).cuda().train()
+        network.encoder.compiled = compiled
+        for _ in range(3):
+            network.zero_grad()
+            for data in batches:
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    loss = network(**data)["loss"]
+                loss.backward()
+        found.append({name: weight.grad for name, weight in network.named_parameters()})
+    whole = sum(float(gradient.norm()) ** 2 for gradient in found[0].values()) ** 0.5
+    for name, want in found[0].items():
+        assert float((found[1][name] - want).norm()) < 0.05 * float(want.norm()) + 1e-3 * whole, name
