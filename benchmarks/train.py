@@ -10,6 +10,7 @@ in TFLOP/s (an H200: 989); without it a square product is measured.
 import argparse
 import resource
 import time
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -74,7 +75,62 @@ def flops(config: Config, given: dict[str, torch.Tensor]) -> float:
     return 3 * (config.encoder_layers * encoder + decoder + heads)
 
 
-def main() -> None:
+class Training:
+    """The network in training on one batch, again and again."""
+
+    def __init__(
+        self, config: Config, data: dict[str, torch.Tensor], device: str, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        self.model, self.device, self.dtype = Network(config).to(device), device, dtype
+        self.data = {name: tensor.to(device) for name, tensor in data.items()}
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
+
+    def step(self) -> torch.Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            loss = self.model(**self.data)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return loss.detach()
+
+    def run(self, steps: int) -> tuple[float, float, float]:
+        """Seconds of the first three steps together (one on a CPU) and of one of the next `steps`, and the
+        loss of the last. Nothing waits for a GPU between steps."""
+        cuda = self.device == "cuda"
+        wait = torch.cuda.synchronize if cuda else lambda: None
+        start = time.perf_counter()
+        for _ in range(3 if cuda else 1):
+            self.step()
+        wait()
+        first = time.perf_counter()
+        for _ in range(steps):
+            loss = self.step()
+        wait()
+        return first - start, (time.perf_counter() - first) / steps, float(loss)
+
+
+def held_gib(device: str) -> float:
+    if device == "cuda":  # what is allocated leaves out what recordings keep for themselves
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+
+
+def ways(device: str, steps: int) -> dict[str, int]:
+    """The forms that the device has and the steps to time them by."""
+    return (
+        {"length by length": 3, "ragged kernels": steps, "recorded": steps}
+        if device == "cuda"
+        else {"packed": steps}
+    )
+
+
+def never(*args: object) -> bool:
+    return False
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
         description=__doc__,
@@ -85,60 +141,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="that count; by default 20, on a CPU 2")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device in this precision")
-    given, _ = parser.parse_known_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return parser.parse_known_args()[0]
+
+
+def main() -> None:
+    given, device = parsed(), "cuda" if torch.cuda.is_available() else "cpu"
     size, steps = (
         given.instances or (32 if device == "cuda" else 2),
         given.steps or (20 if device == "cuda" else 2),
     )
-    dtype = getattr(torch, given.precision)
+    dtype, config = getattr(torch, given.precision), Config(max_position=given.max_length)
     torch.manual_seed(0)
-    config = Config(max_position=given.max_length)
-    model = Network(config).to(device)
     data = batch(size, given.max_length)
-    work = flops(config, data)
-    data = {name: tensor.to(device) for name, tensor in data.items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = model(**data)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds_a_step() -> float:
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        return (time.perf_counter() - start) / steps
-
-    by_length = None
-    if device == "cuda":
-        with mock.patch.object(ragged, "fits", return_value=False):
-            by_length = seconds_a_step()
-    seconds = seconds_a_step()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
-    if device == "cuda":
-        most = torch.cuda.max_memory_allocated() / 2**30
+    work, tokens = flops(config, data), int((data["segment"] >= 0).sum())
     peak = given.peak * 1e12 if given.peak else matmul_peak(dtype, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else machine()
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"training, {millions:.0f} M parameters, {given.precision}, {device}: {name}")
-    print(
-        f"{size} instances of {given.max_length // 4} to {given.max_length} tokens: {seconds * 1e3:.0f} ms, "
-        f"{size / seconds:.2f} instances/s, {work / seconds / 1e12:.3g} TFLOP/s, "
-        f"{work / seconds / peak:.0%} of {peak / 1e12:.3g}, {most:.1f} GiB at most"
-    )
-    if by_length is not None:
-        print(f"with attention length by length: {by_length * 1e3:.0f} ms, {by_length / seconds:.2f} times")
-    print(f"85,000 x 20 instances at this rate: {85_000 * 20 * seconds / size / 60:,.0f} minutes")
+    print(f"training in {given.precision}, torch {torch.__version__}, {device}: {name}")
+    print(f"{size} instances of {given.max_length // 4} to {given.max_length} tokens, {tokens} together")
+    for way, count in ways(device, steps).items():
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        training = Training(config, data, device, dtype)
+        training.model.encoder.compiled = way == "recorded"
+        attention = nullcontext() if way != "length by length" else mock.patch.object(ragged, "fits", never)
+        with attention:
+            first, seconds, loss = training.run(count)
+        del training
+        rate, minutes = work / seconds, 85_000 * 20 * seconds / size / 60
+        print(
+            f"{way}: {seconds * 1e3:.0f} ms, {size / seconds:.1f} instances/s, {rate / 1e12:.3g} TFLOP/s, "
+            f"{rate / peak:.0%} of {peak / 1e12:.3g}, {held_gib(device):.1f} GiB at most, first steps "
+            f"{first:.1f} s, loss {loss:.3f} at the end; 85,000 x 20 instances: {minutes:,.0f} minutes",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
