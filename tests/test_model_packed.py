@@ -207,7 +207,8 @@ def unrecorded(monkeypatch):
     return made
 
 
-def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unrecorded):
+@pytest.mark.parametrize("joint", [False, True])
+def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unrecorded, joint):
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     encoder = Encoder(**SIZES).double()
@@ -221,7 +222,8 @@ def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unr
         hyper_mask, segment = padded(counts, generator)
         hyper = torch.randn(*hyper_mask.shape, 8, dtype=torch.float64, requires_grad=True)
         local = torch.randn(*segment.shape, 8, dtype=torch.float64, requires_grad=True)
-        packing = pack(hyper_mask, segment, multiple=2 * TILE)
+        private = torch.rand(hyper_mask.shape, generator=generator) < 0.5 if joint else None
+        packing = pack(hyper_mask, segment, private, multiple=2 * TILE)
         num_local = len(packing.local_at)
         assert num_local % (2 * TILE) == 0
         assert packing.num_hyper == hyper_mask.numel()
@@ -230,7 +232,7 @@ def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unr
         rows = local.flatten(0, 1)[packing.local_at.clamp_max(segment.numel() - 1)]
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             got = packing.unpack(*recordings(hyper.flatten(0, 1), rows, packing))
-        want = encoder(hyper, local, hyper_mask, segment)
+        want = encoder(hyper, local, hyper_mask, segment, private)
         found = []
         for of_hyper, of_local in (got, want):
             real = of_hyper[hyper_mask], of_local[segment >= 0]
