@@ -17,7 +17,7 @@ from model.encoder import Encoder
 from model.examples import Extraction
 from model.packed import pack, packed_encoder
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
-from model.recorded import FILL, WIDE, Recordings
+from model.recorded import FILL, HYPER, WIDE, Recordings
 from model.standardise import standardised
 from model.tagging import Tagger, batch_mean
 
@@ -184,9 +184,14 @@ class Network(PreTrainedModel):
         if self.config.packed:
             fits = ragged.fits(self.encoder.num_heads, hyper)
             if recorded := self.training and self.encoder.compiled and fits:
-                more = (0, -segment.shape[1] % WIDE)
+                more, more_hyper = (0, -segment.shape[1] % WIDE), (0, -hyper.shape[1] % HYPER)
                 segment = nn.functional.pad(segment, more, value=-1)
                 position, kind = (nn.functional.pad(x, more) for x in (position, kind))
+                hyper, hyper_mask = (
+                    nn.functional.pad(hyper, (0, 0, *more_hyper)),
+                    nn.functional.pad(hyper_mask, more_hyper),
+                )
+                private = None if private is None else nn.functional.pad(private, more_hyper)
             packing = pack(hyper_mask, segment, private, FILL if recorded else None)
             local = self.embed_local(packing.local_at, input_ids, regions, position, kind)
             hyper = hyper.flatten(0, 1).index_select(0, packing.hyper_at)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from model.encoder import Encoder, EncoderLayer
-from model.packed import TILE, Packing, at_once, packed_attention
+from model.packed import Packing, at_once, packed_attention
 from model.ragged import Sequences
 
 FILL = 2048  # local-tokens of a batch are a multiple of it,
-WIDE = 256  # those of an example of this, and the longest sequence of TILE
+WIDE = 256  # those of an example and the longest sequence of this,
+HYPER = 4  # hyper-tokens of an example of this
+MOST = 32  # recordings: each keeps the gradients of the encoder for itself
 
 
 def run(layer: EncoderLayer, x: Tensor, packing: Packing) -> Tensor:
@@ -27,7 +29,7 @@ def run(layer: EncoderLayer, x: Tensor, packing: Packing) -> Tensor:
 
 
 def longest(packing: Packing) -> int:
-    return -(-packing.sequences.longest // TILE) * TILE
+    return -(-packing.sequences.longest // WIDE) * WIDE
 
 
 compiled = torch.compile(run, dynamic=True)  # once for all layers
@@ -80,12 +82,13 @@ class Recordings:
         shape = (longest(packing), *(tensor.shape for tensor in given))
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            if shape not in self.by_shape:
+            layers = self.by_shape.get(shape) or Layers(self.encoder, packing)
+            if shape not in self.by_shape and len(self.by_shape) < MOST:
                 sample = tuple(
                     tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given
                 )
                 record: Any = torch.cuda.make_graphed_callables
-                layers = Layers(self.encoder, packing)
-                self.by_shape[shape] = record(layers, sample, allow_unused_input=True, pool=self.pool)
-            x = self.by_shape[shape](*given)
+                layers = record(layers, sample, allow_unused_input=True, pool=self.pool)
+                self.by_shape[shape] = layers
+            x = layers(*given)
         return x[: packing.num_hyper], x[packing.num_hyper :]

@@ -243,8 +243,10 @@ def test_batches_filled_up_for_recording_give_the_same_and_are_compiled_once(unr
     assert len(unrecorded) == 2
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_a_network_that_records_trains_as_one_that_does_not(unrecorded, monkeypatch, joint):
+@pytest.mark.parametrize(("joint", "most"), [(False, 2), (True, 2), (False, 1)])
+def test_a_network_that_records_trains_as_one_that_does_not(unrecorded, monkeypatch, joint, most):
+    """Also those batches that come after the last recording."""
+    monkeypatch.setattr(recorded, "MOST", most)
     sizes = {"hidden_size": 16, "intermediate_size": 20, "encoder_layers": 2, "encoder_heads": 2}
     config = Config(**sizes, vocab_size=30522, decoder_layers=1, decoder_heads=2, dropout=0.0, joint=joint)
     batches = [batch(3, 300), batch(2, 90)]
@@ -257,7 +259,9 @@ def test_a_network_that_records_trains_as_one_that_does_not(unrecorded, monkeypa
         for data in batches:
             network(**data)["loss"].backward()
         found.append({name: weight.grad for name, weight in network.named_parameters()})
-    assert len(unrecorded) == len(batches)
+    assert len(unrecorded) == most
+    for *_, hyper_row, _, segment in unrecorded:
+        assert (hyper_row[1] % recorded.HYPER, segment[1] % recorded.WIDE) == (0, 0)
     for name, want in found[0].items():
         torch.testing.assert_close(found[1][name], want, rtol=0, atol=1e-8, msg=name)
 
