@@ -3,7 +3,7 @@
 The hyper-tokens of a batch stand one after another in front of its local-tokens. Local-tokens stand
 segment by segment, segments sorted by length, so that those of one length are a dense block: local
 attention needs neither masks nor copies, and costs what the segments cost alone. On a GPU in half precision
-each pattern is one call of a kernel for ragged sequences (`model.ragged`) instead of one per length.
+it is one call of a kernel for ragged sequences (`model.ragged`) instead of one per length.
 
 Shapes: B batch, N hyper-tokens of an example, M of the batch, L local-tokens of an example, P of the
 batch, S segments that own local-tokens, D width, H heads. A group is (count, length): so many segments of
@@ -28,9 +28,9 @@ LESS = 1 / 3  # of a projection's work, up to which it is better absorbed: small
 
 
 class Picked(torch.autograd.Function):
-    """Rows of (R, D) at places of which none but R is there twice; R is no row and gives any.
+    """Rows of (R, D) at distinct places, to which their gradients go; R, no row, may be there often, for any.
 
-    The gradient of index_select would be added up row by row, which takes a GPU ten times as long.
+    The gradient of index_select is added up, row by row where places repeat, which costs a GPU far more.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Attention over packed tokens by CUDA's kernels for batches of ragged sequences.
+"""Local attention over packed tokens by CUDA's kernels for batches of ragged sequences.
 
-`model.packed` goes length by length, some dozen small calls each; here each pattern is one call,
-whatever the lengths. Half precision only; the flash kernels know nothing else.
+`model.packed` goes length by length, some dozen small calls each; here it is one call, whatever the
+lengths. Half precision only; the flash kernels know nothing else.
 
 Legend: T tokens, S sequences of them, H heads, D width; a sequence's tokens stand one after another.
 """
