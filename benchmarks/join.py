@@ -2,8 +2,9 @@
 
 The input has the shape of the real dump: 6.8 kB a line, 22 % of the lines labelled; half of a line's bulk
 stands in title, description and feature, 10 % of these paragraphs hold HTML, the other half stands in fields
-that nobody reads. Both outputs must hold the same rows. Then the same input gzipped, beside the fastest
-gzip reader of the registry that does nothing but read; then the label index of all of MAVE.
+that nobody reads. Both outputs must hold the same rows. Then the same input gzipped, beside the plain one
+and the fastest gzip reader of the registry that does nothing but read; then the label index of all of MAVE.
+Programs take turns, three beside Beam and five beside the readers, and the median of each counts.
 """
 
 import argparse
@@ -15,14 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("SMARTAVE_PEERS", ROOT / ".cache/peers"))
 BEAM = ROOT / "benchmarks/peers/join_beam.py"
+BEAM_NAME = "Beam and Beautiful Soup"
 LINES, LABELLED, LINE_BYTES = 120_000, 0.22, 6800
 ALL_LABELS = 3_474_518  # positives and negatives of MAVE
 LIMIT_MIB = 2048
@@ -150,13 +153,22 @@ def without_start_up(done: Run) -> Run:
     return replace(done, seconds=seconds, cpu_s=cpu_s)
 
 
-def best(once: Callable[[], Run], turns: int = 3) -> Run:
-    """The fastest of some runs: other work on the machine only adds to what one takes."""
-    return min((once() for _ in range(turns)), key=lambda done: done.seconds)
+def in_turns(programs: Mapping[str, Callable[[], Run]], turns: int = 5) -> dict[str, Run]:
+    """The run of median time of each, interleaved: on a shared machine, the fastest of each would be of other
+    minutes."""
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    for _ in range(turns):
+        for name, once in programs.items():
+            runs[name].append(once())
+    return {name: sorted(of_one, key=lambda one: one.seconds)[turns // 2] for name, of_one in runs.items()}
 
 
 def our_join(source: Path, labels: Path, output: Path, *, cores: int = 1) -> Run:
     return without_start_up(run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores))
+
+
+def read_alone(python: Path, code: str, zipped: Path) -> Run:
+    return without_start_up(run(python, "-c", code, zipped))
 
 
 def by_id(path: Path) -> dict[str, Any]:
@@ -186,11 +198,16 @@ def beside_beam(folder: Path, num_lines: int) -> None:
     labels.write_bytes(b"".join(map(label, asked)))
     size = source.stat().st_size
     print(f"join: {num_lines} lines of {size / num_lines:.0f} bytes, {len(asked)} labelled, one core each")
-    ours = best(lambda: our_join(source, labels, folder / "ours.jsonl"))
-    show("ours", ours, size, num_lines)
-    if peer_or_say_how(python := PEERS / "bin/python"):
-        beam = best(lambda: without_start_up(run(python, BEAM, source, labels, folder / "beam.jsonl")))
-        show("Beam and Beautiful Soup", beam, size, num_lines)
+    programs = {"ours": lambda: our_join(source, labels, folder / "ours.jsonl")}
+    if with_peers := peer_or_say_how(python := PEERS / "bin/python"):
+        programs[BEAM_NAME] = lambda: without_start_up(
+            run(python, BEAM, source, labels, folder / "beam.jsonl")
+        )
+    done = in_turns(programs, turns=3)
+    for name, one in done.items():
+        show(name, one, size, num_lines)
+    if with_peers:
+        ours, beam = done["ours"], done[BEAM_NAME]
         assert by_id(folder / "ours.jsonl") == by_id(folder / "beam.jsonl"), "the outputs differ"
         print(
             f"  equal outputs; ours is {beam.seconds / ours.seconds:.1f} times as fast, "
@@ -198,18 +215,19 @@ def beside_beam(folder: Path, num_lines: int) -> None:
         )
     zipped = folder / "metadata.json.gz"
     zipped.write_bytes(gzip.compress(source.read_bytes(), 6))
-    ours_zipped = best(lambda: our_join(zipped, labels, folder / "zipped.jsonl", cores=2))
-    show("ours, gzipped (2 cores)", ours_zipped, size, num_lines)
-    if not peer_or_say_how(python):
-        return
-    fastest = 0.0
-    for name, opening in READERS.items():
+    programs = {
+        "ours": programs["ours"],
+        "ours, gzipped (2 cores)": lambda: our_join(zipped, labels, folder / "zipped.jsonl", cores=2),
+    }
+    for name, opening in READERS.items() if with_peers else ():
         code = READ_ALL.format(opening=opening)
-        alone = best(lambda code=code: without_start_up(run(python, "-c", code, zipped)))  # type: ignore[misc]
-        show(f"{name} alone", alone, size, num_lines)
-        fastest = max(fastest, size / alone.seconds)
-    share = size / ours_zipped.seconds / min(fastest, size / ours.seconds)
-    print(f"  gzipped: {share:.0%} of the slower of plain join and fastest reader")
+        programs[f"{name} alone"] = partial(read_alone, python, code, zipped)
+    plain, ours_zipped, *readers = (done := in_turns(programs)).values()
+    for name, one in done.items():
+        show(name, one, size, num_lines)
+    if readers:
+        slower = max(plain.seconds, min(one.seconds for one in readers))
+        print(f"  gzipped: {slower / ours_zipped.seconds:.0%} of the slower of plain join and fastest reader")
 
 
 def all_labels(folder: Path, num_labels: int) -> None:
