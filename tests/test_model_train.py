@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -155,9 +156,12 @@ def test_bfloat16_trains_weights_of_float32_by_one_fused_optimiser(tmp_path, mon
 
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
     feed_forward = torch.compile(EncoderLayer.feed_forward, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr("model.packed.compiled_feed_forward", feed_forward)
+    called = mock.Mock(side_effect=feed_forward)
+    monkeypatch.setattr("model.packed.compiled_feed_forward", called)
     weights, _ = fit(tmp_path / "plain", cell({"dropout": 0.0}))
+    assert not called.called
     compiled, _ = fit(tmp_path / "compiled", cell({"dropout": 0.0, "compile": True}))
+    assert called.called
     assert list(weights) == list(compiled)
     for name, weight in weights.items():
         torch.testing.assert_close(compiled[name], weight)
