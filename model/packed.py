@@ -372,6 +372,6 @@ def packed_encoder(
         if kept is not None and index == last:
             x, z = x.index_select(0, kept), z.index_select(0, kept)
         x = feed_forward(layer, x, layer.attention.output(z))
-    if keep is not None and kept is not None:
-        x = x.new_zeros(len(keep), x.shape[1]).index_copy(0, kept, x)
+    if kept is not None:
+        x = x.new_zeros(len(hyper) + len(local), x.shape[1]).index_copy(0, kept, x)
     return x[: packing.num_hyper], x[packing.num_hyper :]

@@ -26,11 +26,9 @@ class Sequences:
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, multiple: int = 1) -> "Sequences":
-        """Sequences of these lengths, the longest one rounded up."""
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Sequences":
         begins = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        longest = max(lengths, default=0)
-        return cls(begins, longest + -longest % multiple)
+        return cls(begins, max(lengths, default=0))
 
 
 def fits(num_heads: int, x: Tensor) -> bool:

@@ -29,6 +29,7 @@ def run(layer: EncoderLayer, x: Tensor, packing: Packing) -> Tensor:
 
 
 def longest(packing: Packing) -> int:
+    """Tokens of the longest segment, rounded up."""
     return -(-packing.sequences.longest // WIDE) * WIDE
 
 

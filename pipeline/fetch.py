@@ -162,9 +162,8 @@ class Client:
             return Fetched("bad_url", "no host")
         try:
             return await self._once(first)
-        except (
-            _Again
-        ) as error:  # setting up retries takes a quarter of a request's time: only where one failed
+        except _Again as error:
+            # Setting up retries takes a quarter of a request's time: only where one failed.
             return await self._retried(first, error)
 
     async def _retried(self, url: yarl.URL, failed: _Again) -> Fetched:
