@@ -164,6 +164,7 @@ def in_turns(programs: Mapping[str, Callable[[], Run]], turns: int = 5) -> dict[
 
 
 def our_join(source: Path, labels: Path, output: Path, *, cores: int = 1) -> Run:
+    output.unlink(missing_ok=True)  # of the turn before: replacing it would cost what freeing it does
     return without_start_up(run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores))
 
 

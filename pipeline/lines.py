@@ -1,6 +1,7 @@
 """JSON lines of files that are plain, gzipped or gzipped twice, as a stream; unusable ones are counted."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from mmap import mmap
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 import orjson
@@ -31,8 +32,31 @@ def _always(block: bytes, begin: int, end: int) -> bool:
     return True
 
 
+class Begun(NamedTuple):
+    """A file that `numbered` reads on, once."""
+
+    path: Path
+    blocks: Generator[bytes, None, None]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@contextmanager
+def begun(paths: Iterable[Path]) -> Iterator[list[Path | Begun]]:
+    """`paths` for `numbered`, for who has something else to do before the first line.
+
+    The first, where it is large and zipped, is being unzipped already.
+    """
+    paths = list(paths)
+    with ExitStack() as stack:
+        first = [Begun(path, stack.enter_context(closing(_blocks(path)))) for path in paths[:1]]
+        yield [*first, *paths[1:]]
+
+
 def numbered(
-    path: Path, tally: Tally, is_wanted: Callable[[bytes, int, int], bool] = _always
+    path: Path | Begun, tally: Tally, is_wanted: Callable[[bytes, int, int], bool] = _always
 ) -> Iterator[tuple[int, bytes]]:
     """`(line number from 1, line without its end)`; blank lines are skipped, giant ones counted.
 
@@ -48,7 +72,7 @@ def numbered(
             return False
         return bool(line) and not line.isspace()
 
-    with closing(_unzipped_beside(path) if _is_large_and_zipped(path) else _blocks(path)) as blocks:
+    with closing(path.blocks if isinstance(path, Begun) else _blocks(path)) as blocks:
         for block in blocks:
             begin = 0
             while (end := block.find(b"\n", begin)) >= 0:  # one at a time: the memory of a line stays warm
@@ -128,6 +152,14 @@ def _is_large_and_zipped(path: Path) -> bool:
 
 
 def _blocks(path: Path) -> Generator[bytes, None, None]:
+    if not _is_large_and_zipped(path):
+        return _unzipped_here(path)
+    blocks = _unzipped_beside(path)
+    next(blocks)
+    return blocks
+
+
+def _unzipped_here(path: Path) -> Generator[bytes, None, None]:
     with opened(path) as file, progress.of_bytes(path, path.stat().st_size) as bar:
         raw = file
         while isinstance(raw, igzip.IGzipFile):
@@ -145,16 +177,19 @@ def _with_progress(blocks: Iterable[bytes], raw: Any, bar: Any) -> Generator[byt
 
 
 def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
-    """`_blocks` from a process beside this one: a thread would wait for this interpreter's lock."""
+    """An empty block when a process beside this one has begun, then what it unzips.
+
+    A thread would wait for this interpreter's lock.
+    """
     here, there = socket.socketpair()
     with (
         here,
         there,
         path.open("rb", buffering=0) as file,  # the two share its place in the file
         tempfile.TemporaryFile() as shared,
-        progress.of_bytes(path, path.stat().st_size) as bar,
     ):
-        shared.write(bytes(unzip.NUM_SLOTS * unzip.SLOT_BYTES))  # so that a full disk is an error here
+        for _ in range(unzip.NUM_SLOTS):
+            shared.write(bytes(unzip.SLOT_BYTES))  # so that a full disk is an error here
         shared.flush()
         command = [sys.executable, "-I", unzip.__file__, str(shared.fileno())]
         with (
@@ -166,7 +201,9 @@ def _unzipped_beside(path: Path) -> Generator[bytes, None, None]:
             there.close()
             assert process.stderr is not None
             try:
-                yield from _with_progress(unzip.filled(memory, here), file, bar)
+                yield b""
+                with progress.of_bytes(path, os.fstat(file.fileno()).st_size) as bar:
+                    yield from _with_progress(unzip.filled(memory, here), file, bar)
             except unzip.Unfinished:
                 status, told = process.wait(), process.stderr.read().decode(errors="replace").strip()
                 if status == unzip.IS_DAMAGED:

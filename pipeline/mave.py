@@ -24,7 +24,7 @@ import orjson
 from pipeline import clean
 from pipeline.disk import atomically
 from pipeline.labels import NONE, Labels, Spool
-from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, numbered, opened, parse, parse_fields
+from pipeline.lines import BLOCK_BYTES, MAX_LINE_BYTES, Begun, begun, numbered, opened, parse, parse_fields
 from pipeline.tally import MAX_EXAMPLES, Tally
 
 __all__ = ["MAX_LINE_BYTES", "Record", "join", "may_be_wanted", "opened", "parse", "records"]
@@ -77,7 +77,7 @@ def may_be_wanted(block: bytes, begin: int, end: int, wanted: Mapping[bytes, int
 READ = msgspec.json.Decoder(Metadata)
 
 
-def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) -> Iterator[Record]:
+def records(paths: Iterable[Path | Begun], wanted: Mapping[bytes, int], tally: Tally) -> Iterator[Record]:
     """The first surviving metadata line of every asin in `wanted`, in file order, texts cleaned.
 
     `wanted` maps asins, as UTF-8, to small numbers. Lines that cannot be used are counted by reason.
@@ -130,7 +130,11 @@ def records(paths: Iterable[Path], wanted: Mapping[bytes, int], tally: Tally) ->
 def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) -> Tally:
     """Write one full line per label line, sorted by id (then by label file); returns what was counted."""
     tally = Tally()
-    with Labels(label_files, tally, output.parent) as labels, closing(Spool(output.parent)) as made:
+    with (
+        begun(metadata) as sources,
+        Labels(label_files, tally, output.parent) as labels,
+        closing(Spool(output.parent)) as made,
+    ):
         places = array("l", [NONE]) * len(labels)  # in `made`, by label line
 
         def add(number: int, paragraphs: Any = None) -> None:
@@ -142,7 +146,7 @@ def join(metadata: Iterable[Path], label_files: Iterable[Path], output: Path) ->
 
         for number in filter(labels.is_full, range(len(labels))):
             add(number)
-        for record in records(metadata, labels.without_text(), tally):
+        for record in records(sources, labels.without_text(), tally):
             paragraphs = [{"text": text, "source": source} for text, source in record.paragraphs]
             for number in labels.numbers(record.product):
                 if not labels.is_full(number):

@@ -238,7 +238,8 @@ def test_nobody_asks_for_a_field_that_is_not_read() -> None:
     assert asked == set(mave.Metadata.__annotations__)
 
 
-MANY_LINES = b"".join(b"%099d\n" % number for number in range(100_000))  # more than is unzipped in advance
+IN_ADVANCE_BYTES = unzip.NUM_SLOTS * unzip.SLOT_BYTES
+MANY_LINES = b"".join(b"%099d\n" % number for number in range(2 * IN_ADVANCE_BYTES // 100))
 
 
 def test_a_large_gzip_is_read_whole_whoever_unzips_it(tmp_path: Path, unzipping: str) -> None:
@@ -261,6 +262,24 @@ def test_who_stops_reading_a_gzip_early_leaves_no_process_that_unzips_the_rest(
     assert psutil.Process().children() == before
 
 
+def test_the_first_of_some_gzips_is_begun_before_a_line_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    paths = [tmp_path / name for name in ("a.json.gz", "b.json.gz")]
+    for path in paths:
+        path.write_bytes(gzip.compress(MANY_LINES, 1))
+    before = psutil.Process().children()
+    with lines.begun(paths) as sources:
+        assert len(psutil.Process().children()) == len(before) + 1
+        paths[0].unlink()
+        read = [line + b"\n" for source in sources for _, line in lines.numbered(source, Tally())]
+        assert b"".join(read) == 2 * MANY_LINES
+    with lines.begun(paths[1:]):
+        assert len(psutil.Process().children()) == len(before) + 1
+    assert psutil.Process().children() == before
+
+
 def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path, unzipping: str) -> None:
     path = tmp_path / "m.json.gz"
     path.write_bytes(gzip.compress(json.dumps(product("B000000001", "One" * 500)).encode())[:-12])
@@ -268,7 +287,9 @@ def test_a_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path, unzipp
         list(lines.numbered(path, Tally()))
 
 
-LONG_LINES = b"".join(b"%019999d\n" % number for number in range(600))  # looked at faster than unzipped
+LONG_LINES = b"".join(  # looked at faster than unzipped
+    b"%019999d\n" % number for number in range(2 * IN_ADVANCE_BYTES // 20_000)
+)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.99])
