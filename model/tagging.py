@@ -68,7 +68,8 @@ class Tagger(nn.Module):
     """Emissions and a CRF, one chain per text segment, so that a value never spans two.
 
     `joint`: the states of the text do not know what is asked, and each attribute has emission weights of its
-    own: those of all, plus a linear map of its encoded hyper-token.
+    own: those of all, plus a linear map of its encoded hyper-token. What these add is a mean over the width:
+    as a sum it would start D times as large, and move so, and drown everything else that is learned.
     """
 
     def __init__(self, *, hidden_size: int, joint: bool = False) -> None:
@@ -84,7 +85,8 @@ class Tagger(nn.Module):
     def joint_emissions(self, states: Tensor, attributes: Tensor) -> Tensor:
         """(B, T, D) of the text and (B, A, D) of the attributes to (B, A, T, C)."""
         assert self.condition is not None
-        weight = precise_linear(self.condition, attributes).unflatten(-1, (len(TAGS), -1)).flatten(1, 2)
+        weight = precise_linear(self.condition, attributes) / states.shape[-1]  # (B, A, C * D)
+        weight = weight.unflatten(-1, (len(TAGS), -1)).flatten(1, 2)
         with torch.autocast(states.device.type, enabled=False):
             of_attribute = weight @ states.to(weight.dtype).transpose(1, 2)  # (B, A * C, T)
         of_attribute = of_attribute.unflatten(1, (-1, len(TAGS)))

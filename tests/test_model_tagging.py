@@ -72,6 +72,22 @@ def test_emissions_are_computed_in_float32_whatever_the_encoder_ran_in(joint):
     torch.testing.assert_close(got, emissions(states.float(), attributes.float()), rtol=0, atol=1e-5)
 
 
+def test_one_step_moves_joint_emissions_no_further_than_those_of_one_attribute():
+    torch.manual_seed(0)
+    states, attributes = torch.randn(2, 9, 256), torch.randn(2, 3, 256)
+    tagger = Tagger(hidden_size=256, joint=True)
+
+    def moved(emissions):
+        before = emissions()
+        optimiser = torch.optim.Adam(tagger.parameters(), lr=1e-3)
+        before[..., B].mean().backward()
+        optimiser.step()
+        return (emissions() - before).abs().max()
+
+    of_one = moved(lambda: tagger.emissions(states))
+    assert moved(lambda: tagger.joint_emissions(states, attributes)) < 3 * of_one
+
+
 def test_segments_without_tokens_cost_nothing_and_break_nothing():
     tagger = Tagger(hidden_size=3)
     states = torch.randn(2, 4, 3, requires_grad=True)
