@@ -214,13 +214,18 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     """Write sha256 (and size) of every file of a corpus into `path`, comments kept; says what it wrote.
 
     A local file's pin is made anew. A URL that has a pin keeps it; one without is downloaded and pinned as
-    it came, on trust.
+    it came, on trust. Files that a corpus has from its `base` are pinned there.
     """
     entries = (read(path) or {}).get("corpora") or {}
     if corpus not in entries:
         raise ValueError(f"{path}: corpora has no {corpus!r}, only {', '.join(entries) or 'nothing'}")
+    own, where = entries[corpus], f"{path}: corpora.{corpus}"
+    base = own.get("base") if isinstance(own, dict) else None
+    if base is not None and base not in entries:
+        raise ValueError(f"{where}.base must name a corpus, got {base!r}")
+    whole = own if base is None else {**entries[base], **own}
     pins: list[tuple[Wanted, str, int]] = []
-    for one in wanted(_settings(entries[corpus], f"{path}: corpora.{corpus}")):
+    for one in wanted(_settings(whole, where)):
         if one.file.url is not None and one.file.sha256 is not None:
             continue
         local = Path(one.file.path) if one.file.path is not None else download(one, corpus)
@@ -230,7 +235,8 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
         pins.append((one, sha256_of(local), local.stat().st_size))
     with edited(path) as content:
         for one, found, size in pins:
-            _set_pin(content["corpora"][corpus], one, found, size)
+            is_own = base is None or ("path" if one.key[0] == "sha256" else one.key[0]) in own
+            _set_pin(content["corpora"][corpus if is_own else base], one, found, size)
     return [f"{one.file.place}: {found} ({size} bytes)" for one, found, size in pins]
 
 

@@ -208,6 +208,27 @@ def test_pins_of_mepave_are_by_split(here: Path) -> None:
     assert entry["sha256"] == dict.fromkeys(("train", "validation", "test"), PIN)
 
 
+@pytest.mark.parametrize(
+    ("fold", "labels_of"),
+    [
+        ("fold: {base: mine, split: {folds: 5}}", "mine"),
+        ("fold: {base: mine, labels: [{path: own/labels.jsonl}]}", "fold"),
+    ],
+)
+def test_files_that_a_corpus_has_from_its_base_are_pinned_there(
+    here: Path, fold: str, labels_of: str
+) -> None:
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("  zhong:", f"  {fold}\n  zhong:"))
+    assert source.pin("fold") == source.pin("fold")
+    from ruamel.yaml import YAML
+
+    corpora = YAML(typ="safe").load(path)["corpora"]
+    assert corpora[labels_of]["labels"][0]["sha256"] == PIN
+    assert "metadata" not in corpora["fold"]
+    assert corpora["mine"]["metadata"][0]["sha256"] != "0" * 64
+
+
 def test_a_pinned_corpus_can_be_brought(here: Path) -> None:
     source.pin("mine")
     from ruamel.yaml import YAML
@@ -223,6 +244,7 @@ def test_a_pinned_corpus_can_be_brought(here: Path) -> None:
     [
         ("yours", ("", ""), r"params\.yaml: corpora has no 'yours', only mine, zhong, sample"),
         ("mine", ("kind: mave", "kind: maev"), r"corpora\.mine\.kind must be one of .*got 'maev'"),
+        ("mine", ("kind: mave", "base: maev"), r"corpora\.mine\.base must name a corpus, got 'maev'"),
         ("mine", ("- path: own", "- pfad: own"), r"params\.yaml: corpora\.mine"),
         ("mine", ("own/labels.jsonl", "own/absent"), r"own/absent is not a file"),
     ],
