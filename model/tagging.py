@@ -68,8 +68,8 @@ class Tagger(nn.Module):
     """Emissions and a CRF, one chain per text segment, so that a value never spans two.
 
     `joint`: the states of the text do not know what is asked, and each attribute has emission weights of its
-    own: those of all, plus a linear map of its encoded hyper-token. What these add is a mean over the width D:
-    a sum would move D times as far in each step as the emissions of all, and drown what else is learned.
+    own: those of all, plus a linear map of its encoded hyper-token. What these add is a mean over the width
+    D: a sum would move D times as far in each step as the emissions of all, and drown what else is learned.
     """
 
     def __init__(self, *, hidden_size: int, joint: bool = False) -> None:
