@@ -221,9 +221,10 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
         raise ValueError(f"{path}: corpora has no {corpus!r}, only {', '.join(entries) or 'nothing'}")
     own, where = entries[corpus], f"{path}: corpora.{corpus}"
     base = own.get("base") if isinstance(own, dict) else None
-    if base is not None and base not in entries:
+    outer = entries.get(base) if isinstance(base, str) else None
+    if base is not None and not isinstance(outer, dict):
         raise ValueError(f"{where}.base must name a corpus, got {base!r}")
-    whole = own if base is None else {**entries[base], **own}
+    whole = own if outer is None else {**outer, **own}
     pins: list[tuple[Wanted, str, int]] = []
     for one in wanted(_settings(whole, where)):
         if one.file.url is not None and one.file.sha256 is not None:
@@ -235,7 +236,7 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
         pins.append((one, sha256_of(local), local.stat().st_size))
     with edited(path) as content:
         for one, found, size in pins:
-            is_own = base is None or ("path" if one.key[0] == "sha256" else one.key[0]) in own
+            is_own = outer is None or ("path" if one.key[0] == "sha256" else one.key[0]) in own
             _set_pin(content["corpora"][corpus if is_own else base], one, found, size)
     return [f"{one.file.place}: {found} ({size} bytes)" for one, found, size in pins]
 

@@ -245,6 +245,7 @@ def test_a_pinned_corpus_can_be_brought(here: Path) -> None:
         ("yours", ("", ""), r"params\.yaml: corpora has no 'yours', only mine, zhong, sample"),
         ("mine", ("kind: mave", "kind: maev"), r"corpora\.mine\.kind must be one of .*got 'maev'"),
         ("mine", ("kind: mave", "base: maev"), r"corpora\.mine\.base must name a corpus, got 'maev'"),
+        ("mine", ("kind: mave", "base: [zhong]"), r"corpora\.mine\.base must name a corpus, got \['zhong'\]"),
         ("mine", ("- path: own", "- pfad: own"), r"params\.yaml: corpora\.mine"),
         ("mine", ("own/labels.jsonl", "own/absent"), r"own/absent is not a file"),
     ],
