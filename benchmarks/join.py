@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,9 @@ def label(number: int) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def run(*command: str | Path, cores: int = 1, folder: Path = ROOT) -> Run:
-    """The command in `folder`, on `cores` cores, its wall-clock seconds and its memory high-water mark."""
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
+def run(*command: str | Path, cores: slice = slice(1), folder: Path = ROOT) -> Run:
+    """The command in `folder`, on these cores, its wall-clock seconds and its memory high-water mark."""
+    allowed = sorted(os.sched_getaffinity(0))[cores]
     start = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -163,13 +164,20 @@ def in_turns(programs: Mapping[str, Callable[[], Run]], turns: int = 5) -> dict[
     return {name: sorted(of_one, key=lambda one: one.seconds)[turns // 2] for name, of_one in runs.items()}
 
 
-def our_join(source: Path, labels: Path, output: Path, *, cores: int = 1) -> Run:
+def our_join(source: Path, labels: Path, output: Path, *, cores: slice = slice(1)) -> Run:
     output.unlink(missing_ok=True)  # of the turn before: replacing it would cost what freeing it does
     return without_start_up(run(sys.executable, "-c", OUR_JOIN, source, labels, output, cores=cores))
 
 
-def read_alone(python: Path, code: str, zipped: Path) -> Run:
-    return without_start_up(run(python, "-c", code, zipped))
+def read_alone(python: Path, code: str, zipped: Path, *, cores: slice = slice(1)) -> Run:
+    return without_start_up(run(python, "-c", code, zipped, cores=cores))
+
+
+def read_twice_at_once(python: Path, code: str, zipped: Path) -> Run:
+    """The slower of two, a core each: what a second core is worth here."""
+    with ThreadPoolExecutor() as pool:
+        both = pool.map(lambda core: read_alone(python, code, zipped, cores=core), (slice(1), slice(1, 2)))
+        return max(both, key=lambda one: one.seconds)
 
 
 def by_id(path: Path) -> dict[str, Any]:
@@ -218,17 +226,23 @@ def beside_beam(folder: Path, num_lines: int) -> None:
     zipped.write_bytes(gzip.compress(source.read_bytes(), 6))
     programs = {
         "ours": programs["ours"],
-        "ours, gzipped (2 cores)": lambda: our_join(zipped, labels, folder / "zipped.jsonl", cores=2),
+        "ours, gzipped (2 cores)": lambda: our_join(zipped, labels, folder / "zipped.jsonl", cores=slice(2)),
     }
     for name, opening in READERS.items() if with_peers else ():
         code = READ_ALL.format(opening=opening)
         programs[f"{name} alone"] = partial(read_alone, python, code, zipped)
+    if with_peers:
+        twice = READ_ALL.format(opening=READERS["isal"])
+        programs["the slower of two isal"] = partial(read_twice_at_once, python, twice, zipped)
     plain, ours_zipped, *readers = (done := in_turns(programs)).values()
     for name, one in done.items():
         show(name, one, size, num_lines)
-    if readers:
+    if with_peers:
+        *readers, twice_at_once = readers
         slower = max(plain.seconds, min(one.seconds for one in readers))
         print(f"  gzipped: {slower / ours_zipped.seconds:.0%} of the slower of plain join and fastest reader")
+        kept = done["isal alone"].seconds / twice_at_once.seconds
+        print(f"  two isal at once, a core each, keep {kept:.0%} of the speed of one")
 
 
 def all_labels(folder: Path, num_labels: int) -> None:

@@ -164,7 +164,8 @@ def joint() -> None:
         batch = processor.collate(examples[:number])
         names = ("hyper_slot", "hyper_kind", "hyper_mask", "input_ids", "segment", "position", "regions")
         encoded = model.encode(copy_mask=batch["copy_mask"], **{name: batch[name] for name in names})
-        emissions = model.emissions(*encoded, batch["hyper_mask"]).flatten(0, 1)
+        memory = model.remember(*encoded, batch["copy_mask"], batch["hyper_mask"])
+        emissions = model.emissions(memory).flatten(0, 1)
         model.tagger.decode(emissions[batch["tag_index"]], batch["tag_mask"])
 
     seconds = best_s(

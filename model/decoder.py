@@ -26,10 +26,21 @@ class CopyDecoder(nn.Module):
     The memory is the output of the Attribute hyper-token alone. The gate is that of See et al.
     (2017, equation 8), over the copied context, the state and the input's embedding; its sigmoid
     is the probability to generate from the vocabulary instead of copying.
+
+    `view_size`: what is copied, and the gate, depend on a `View` too. The text does not know then what is
+    asked, so the gate has to hear how well it fits, which the copy weights, whose sum is one, do not say: the
+    mean of exp(score) over the text stands against generating, as in the sentinel of Merity et al. (2017).
     """
 
     def __init__(
-        self, *, num_layers: int, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        view_size: int | None = None,
     ) -> None:
         super().__init__()
         layer = nn.TransformerDecoderLayer(
@@ -39,9 +50,17 @@ class CopyDecoder(nn.Module):
         self.copy_query = nn.Linear(hidden_size, hidden_size)
         self.copy_key = nn.Linear(hidden_size, hidden_size)
         self.gate = nn.Linear(3 * hidden_size, 1)
+        if view_size is not None:
+            self.view_query = nn.Linear(hidden_size, view_size)
+            self.view_gate = nn.Linear(view_size, 1, bias=False)
 
     def remember(
-        self, memory: Tensor, text: Tensor, text_mask: Tensor, asked: Tensor | None = None
+        self,
+        memory: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        asked: Tensor | None = None,
+        view: Tensor | None = None,
     ) -> "Memory":
         """What does not depend on the output.
 
@@ -52,6 +71,7 @@ class CopyDecoder(nn.Module):
             memory: (Q, D).
             text, text_mask: (B, T, D) and (B, T), True where a token may be copied.
             asked: (B, A) bool, True at the Q questions in their order; absent when Q is B.
+            view: (Q, T, R), with `view_size`.
         """
         constants = []
         for layer in self.layers:
@@ -59,7 +79,7 @@ class CopyDecoder(nn.Module):
             bias = layer.multihead_attn.in_proj_bias.chunk(3)[2]
             read = nn.functional.linear(memory, value, bias)
             constants.append(layer.multihead_attn.out_proj(read)[:, None])
-        return Memory(constants, text, self.copy_key(text).transpose(1, 2), text_mask, asked)
+        return Memory(constants, text, self.copy_key(text).transpose(1, 2), text_mask, asked, view)
 
     def forward(
         self, embedded: Tensor, memory: "Memory", past: Sequence[Tensor] | None = None
@@ -82,9 +102,17 @@ class CopyDecoder(nn.Module):
             x = layer.norm3(x + layer.dropout3(inner))
         queries = memory.by_row(self.copy_query(x))
         scores = precise(queries @ memory.keys) / math.sqrt(x.shape[-1])
-        copy = masked_softmax(scores, memory.text_mask[:, None])  # (B, A * Y, T)
+        if memory.view is not None:
+            of_view = self.view_query(x) @ memory.view.transpose(1, 2)  # (Q, Y, T)
+            scores = scores + memory.by_row(precise(of_view)) / math.sqrt(memory.view.shape[-1])
+        mask = memory.text_mask[:, None]
+        copy = masked_softmax(scores, mask)  # (B, A * Y, T)
         context = memory.by_question(copy.to(memory.text.dtype) @ memory.text)
         gate = precise(self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1))
+        if memory.view is not None:
+            seen = memory.by_question(copy).to(memory.view.dtype) @ memory.view
+            gate = gate + precise(self.view_gate(seen).squeeze(-1))
+            gate = gate - memory.by_question(log_mean_exp(scores, mask)[..., None]).squeeze(-1)
         nothing_to_copy = ~memory.of_question(memory.text_mask.any(dim=1, keepdim=True))
         return x, memory.by_question(copy), gate.masked_fill(nothing_to_copy, 30.0), present
 
@@ -98,6 +126,29 @@ class CopyDecoder(nn.Module):
     @property
     def layers(self) -> Iterable[nn.TransformerDecoderLayer]:
         return cast(Iterable[nn.TransformerDecoderLayer], self.transformer.layers)
+
+
+class View(nn.Module):
+    """R features of each token and question together, for text that does not know what is asked.
+
+    h = GELU(U t + V a), of a token t and an encoded Attribute hyper-token a. Tags and copying both read them.
+    """
+
+    def __init__(self, *, hidden_size: int, view_size: int) -> None:
+        super().__init__()
+        self.text = nn.Linear(hidden_size, view_size)
+        self.attribute = nn.Linear(hidden_size, view_size, bias=False)
+
+    def forward(self, text: Tensor, attributes: Tensor, asked: Tensor) -> Tensor:
+        """(B, T, D), (B, A, D) and the Q questions of (B, A) bool to (Q, T, R)."""
+        both = self.text(text)[:, None] + self.attribute(attributes)[:, :, None]  # (B, A, T, R)
+        return nn.functional.gelu(both[asked])
+
+
+def log_mean_exp(scores: Tensor, mask: Tensor) -> Tensor:
+    """log of the mean of exp over the last axis where `mask` is True; finite where it never is."""
+    count = mask.sum(-1).clamp_min(1)
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).logsumexp(-1) - count.log()
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -129,6 +180,7 @@ class Memory:
     keys: Tensor  # (B, D, T)
     text_mask: Tensor  # (B, T)
     asked: Tensor | None  # (B, A)
+    view: Tensor | None  # (Q, T, R)
 
     def by_row(self, x: Tensor) -> Tensor:
         """(Q, Y, ...) to (B, A * Y, ...), zero where a row is asked less than A."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from model import ragged
-from model.decoder import CopyDecoder, Memory, beam_search, log_copied, mixture, precise
+from model.decoder import CopyDecoder, Memory, View, beam_search, log_copied, mixture, precise
 from model.encoder import Encoder
 from model.examples import Extraction
 from model.packed import pack, packed_encoder
@@ -20,6 +20,8 @@ from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Proc
 from model.recorded import FILL, HYPER, WIDE, Recordings
 from model.standardise import standardised
 from model.tagging import Tagger, batch_mean
+
+VIEW_SIZE = 256
 
 
 class Config(PretrainedConfig):
@@ -111,9 +113,11 @@ class Network(PreTrainedModel):
             num_heads=config.decoder_heads,
             intermediate_size=config.intermediate_size,
             dropout=config.dropout,
+            view_size=VIEW_SIZE if config.joint else None,
         )
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.tagger = Tagger(hidden_size=width, joint=config.joint)
+        self.tagger = Tagger(hidden_size=width, view_size=VIEW_SIZE if config.joint else None)
+        self.view = View(hidden_size=width, view_size=VIEW_SIZE) if config.joint else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -256,24 +260,24 @@ class Network(PreTrainedModel):
             nn.functional.logsigmoid(gate) + generated, nn.functional.logsigmoid(-gate) + copied
         )
         decoder_loss = batch_mean(-log_likelihood.sum(), outputs)
-        emissions = self.emissions(attributes, text, layout["hyper_mask"]).flatten(0, 1)  # (Q * T, C)
+        emissions = self.emissions(memory).flatten(0, 1)  # (Q * T, C)
         emissions = emissions.index_select(0, tag_index.flatten()).unflatten(0, tag_index.shape)
         tagging_loss = self.tagger.loss(emissions, tags, tag_mask, texts)
         loss = decoder_loss + self.config.alpha * tagging_loss
         return {"loss": loss, "decoder_loss": decoder_loss.detach(), "tagging_loss": tagging_loss.detach()}
 
     def remember(self, attributes: Tensor, text: Tensor, copy_mask: Tensor, hyper_mask: Tensor) -> Memory:
-        """The decoder's memory of an encoded batch."""
-        if not self.config.joint:
+        """What decoder and tagger read of an encoded batch."""
+        if self.view is None:
             return self.decoder.remember(attributes.squeeze(1), text, copy_mask)
         asked = hyper_mask[:, : attributes.shape[1]]
-        return self.decoder.remember(attributes[asked], text, copy_mask, asked)
+        view = self.view(text, attributes, asked)
+        return self.decoder.remember(attributes[asked], text, copy_mask, asked, view)
 
-    def emissions(self, attributes: Tensor, text: Tensor, hyper_mask: Tensor) -> Tensor:
+    def emissions(self, memory: Memory) -> Tensor:
         """The tagger's emissions for each question, (Q, T, C)."""
-        if not self.config.joint:
-            return self.tagger.emissions(text)
-        return self.tagger.joint_emissions(text, attributes)[hyper_mask[:, : attributes.shape[1]]]
+        emissions = memory.of_question(self.tagger.emissions(memory.text))
+        return emissions if memory.view is None else emissions + self.tagger.emissions_of_view(memory.view)
 
     def next_token(self, memory: Memory, input_ids: Tensor, width: int) -> Callable[[Tensor, Tensor], Tensor]:
         """The step of `beam_search`; each hypothesis keeps the keys and values of its earlier tokens."""

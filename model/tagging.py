@@ -61,36 +61,30 @@ def precise_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)` in float32 or better, whatever precision `x` was made in."""
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), layer.weight.to(dtype), bias)
 
 
 class Tagger(nn.Module):
     """Emissions and a CRF, one chain per text segment, so that a value never spans two.
 
-    `joint`: the states of the text do not know what is asked, and each attribute has emission weights of its
-    own: those of all, plus a linear map of its encoded hyper-token. What these add is a mean over the width
-    D: a sum would move D times as far in each step as the emissions of all, and drown what else is learned.
+    `view_size`: the states of the text do not know what is asked, and a `View` of both adds what does.
     """
 
-    def __init__(self, *, hidden_size: int, joint: bool = False) -> None:
+    def __init__(self, *, hidden_size: int, view_size: int | None = None) -> None:
         super().__init__()
         self.emission = nn.Linear(hidden_size, len(TAGS))
-        self.condition = nn.Linear(hidden_size, len(TAGS) * hidden_size) if joint else None
+        self.of_view = None if view_size is None else nn.Linear(view_size, len(TAGS), bias=False)
         self.crf = ScanCRF(len(TAGS))
 
     def emissions(self, states: Tensor) -> Tensor:
         """(..., D) to (..., C), in float32 or better, whatever precision the encoder ran in."""
         return precise_linear(self.emission, states)
 
-    def joint_emissions(self, states: Tensor, attributes: Tensor) -> Tensor:
-        """(B, T, D) of the text and (B, A, D) of the attributes to (B, A, T, C)."""
-        assert self.condition is not None
-        weight = precise_linear(self.condition, attributes) / states.shape[-1]  # (B, A, C * D)
-        weight = weight.unflatten(-1, (len(TAGS), -1)).flatten(1, 2)
-        with torch.autocast(states.device.type, enabled=False):
-            of_attribute = weight @ states.to(weight.dtype).transpose(1, 2)  # (B, A * C, T)
-        of_attribute = of_attribute.unflatten(1, (-1, len(TAGS)))
-        return self.emissions(states)[:, None] + of_attribute.transpose(2, 3)
+    def emissions_of_view(self, view: Tensor) -> Tensor:
+        """(..., R) to (..., C), what is added to the emissions of the text; as precise."""
+        assert self.of_view is not None
+        return precise_linear(self.of_view, view)
 
     def loss(self, emissions: Tensor, tags: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
         """Negative log-likelihood, a mean over valid tokens; never in less than float32.

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from model.decoder import CopyDecoder, beam_search, log_copied, mixture
+from model.decoder import CopyDecoder, beam_search, log_copied, log_mean_exp, mixture
 
 
 def test_the_mixture_is_a_distribution_and_agrees_with_the_training_likelihood():
@@ -35,6 +35,38 @@ def test_without_text_to_copy_the_gate_is_shut():
     assert (1 - gate[0].sigmoid()).max() < 1e-6
     assert copy[0].abs().sum() == 0
     assert copy[1].tolist() == [[1, 0]] * 3
+
+
+def test_with_a_view_the_gate_hears_how_well_the_text_fits():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
+    decoder = CopyDecoder(**sizes, view_size=4).double()
+    torch.nn.init.zeros_(decoder.view_gate.weight)
+    one, text, embedded = (torch.randn(2, *shape).double() for shape in ((8,), (5, 8), (3, 8)))
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    asked = torch.ones(2, 1, dtype=torch.bool)
+
+    def read(view):
+        return decoder(embedded, decoder.remember(one, text, mask, asked, view))
+
+    states, copy, gate, _ = read(torch.zeros(2, 5, 4).double())
+    _, same_copy, other_gate, _ = read(torch.ones(2, 5, 4).double())  # every token fits better, by as much
+    better = decoder.view_query(states).sum(-1) / 2
+    torch.testing.assert_close(same_copy, copy, rtol=0, atol=1e-12)
+    torch.testing.assert_close(other_gate, gate - better, rtol=0, atol=1e-12)
+
+
+def test_a_mean_of_exp_is_over_what_is_there_and_finite_where_nothing_is():
+    scores = torch.tensor([[1.0, 2.0, 900.0], [5.0, 5.0, 5.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    got = log_mean_exp(scores, mask)
+    expected = (torch.tensor([1.0, 2.0]).exp().sum() / 2).log()
+    torch.testing.assert_close(got[0], expected)
+    assert got.isfinite().all()
+    (gradient,) = torch.autograd.grad(got.sum(), scores)
+    torch.testing.assert_close(
+        gradient, torch.tensor([[1.0, 2.0, -torch.inf], [-torch.inf] * 3]).softmax(-1).nan_to_num(0)
+    )
 
 
 def test_an_output_token_never_sees_those_after_it():

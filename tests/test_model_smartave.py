@@ -180,10 +180,10 @@ def test_asking_all_attributes_of_a_product_at_once_is_asking_them_one_by_one(pa
         names = ("hyper_slot", "hyper_kind", "segment", "position", "regions", "input_ids", "copy_mask")
         hyper_mask = batch["hyper_mask"]
         attributes, text = model.encode(hyper_mask=hyper_mask, **{name: batch[name] for name in names})
-        emissions = model.emissions(attributes, text, hyper_mask)
+        memory = model.remember(attributes, text, batch["copy_mask"], hyper_mask)
+        emissions = model.emissions(memory)
         rows = torch.arange(len(hyper_mask)).repeat_interleave(hyper_mask[:, : attributes.shape[1]].sum(1))
         own = [emission[batch["copy_mask"][row]] for row, emission in zip(rows, emissions, strict=True)]
-        memory = model.remember(attributes, text, batch["copy_mask"], hyper_mask)
         states, copy, gate, _ = model.decoder(model.embed_output(batch["decoder_input_ids"]), memory)
         copy = [c[:, batch["copy_mask"][row]] for row, c in zip(rows, copy, strict=True)]
         return len(hyper_mask), list(zip(own, states, copy, gate, strict=True))
