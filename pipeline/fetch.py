@@ -194,33 +194,41 @@ class Client:
             return lost[-1] if lost else error.failed
 
     async def _once(self, url: yarl.URL) -> Fetched:
-        """One try through all redirects within `timeout_s`."""
+        """One try through all redirects, each in its turn; within `timeout_s`, waiting for turns left out."""
+        clock = asyncio.get_running_loop().time
+        left_s = self.timeout_s
         async with self.free:
-            await self.turns.take()
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    return await self._follow(url)
-            except TimeoutError:
-                raise _Again(Fetched("transient", f"no answer within {self.timeout_s} s")) from None
-            except aiohttp.ClientConnectorCertificateError:
-                return Fetched("refused", "the certificate is not valid")
-            except (aiohttp.ClientError, OSError) as error:
-                if isinstance(error.__cause__, _Forbidden):
-                    return Fetched("forbidden_host", str(error.__cause__))
-                raise _Again(Fetched("transient", f"{type(error).__name__}: {error}")) from None
-
-    async def _follow(self, url: yarl.URL) -> Fetched:
-        for _ in range(MAX_HOPS):
-            if why := why_forbidden(url, self.hosts):
-                return Fetched("forbidden_host", why)
-            async with self.session.get(url, allow_redirects=False) as response:
-                if response.status not in REDIRECTS or "Location" not in response.headers:
-                    return await self._read(response)
+            for _ in range(MAX_HOPS):
+                if why := why_forbidden(url, self.hosts):
+                    return Fetched("forbidden_host", why)
+                await self.turns.take()
+                began = clock()
                 try:
-                    url = url.join(yarl.URL(response.headers["Location"]))
-                except ValueError as error:
-                    return Fetched("bad_url", f"redirected to a bad URL: {error}")
+                    async with asyncio.timeout(left_s):
+                        answer = await self._ask(url)
+                except TimeoutError:
+                    raise _Again(Fetched("transient", f"no answer within {self.timeout_s} s")) from None
+                except aiohttp.ClientConnectorCertificateError:
+                    return Fetched("refused", "the certificate is not valid")
+                except (aiohttp.ClientError, OSError) as error:
+                    if isinstance(error.__cause__, _Forbidden):
+                        return Fetched("forbidden_host", str(error.__cause__))
+                    raise _Again(Fetched("transient", f"{type(error).__name__}: {error}")) from None
+                if isinstance(answer, Fetched):
+                    return answer
+                url = answer
+                left_s -= clock() - began
         return Fetched("refused", f"more than {MAX_HOPS} redirects")
+
+    async def _ask(self, url: yarl.URL) -> Fetched | yarl.URL:
+        """What one request gives: an answer, or where it is redirected to."""
+        async with self.session.get(url, allow_redirects=False) as response:
+            if response.status not in REDIRECTS or "Location" not in response.headers:
+                return await self._read(response)
+            try:
+                return url.join(yarl.URL(response.headers["Location"]))
+            except ValueError as error:
+                return Fetched("bad_url", f"redirected to a bad URL: {error}")
 
     async def _read(self, response: aiohttp.ClientResponse) -> Fetched:
         code = response.status
