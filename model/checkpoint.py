@@ -18,7 +18,8 @@ COSTS = Path(".cache/costs")  # what training took, outside DVC's outputs: clock
 def load(folder: Path) -> tuple[Any, Any]:
     """The model, in evaluation mode and on the GPU where there is one, and its processor.
 
-    Raises `ValueError` when the folder is not one that `model.train` finished.
+    Raises `ValueError` when the folder is not one that `model.train` finished, or its weights are not those
+    that the architecture has today: transformers would draw the others by chance.
     """
     import torch
 
@@ -29,7 +30,13 @@ def load(folder: Path) -> tuple[Any, Any]:
     if not isinstance(name, str) or not ARCHITECTURE.fullmatch(name):
         raise ValueError(f"{about}: architecture must be a module of model/, got {name!r}")
     architecture = importlib.import_module(name)
-    model = architecture.Model.from_pretrained(folder, use_safetensors=True)
+    model, told = architecture.Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[what]:
+            raise ValueError(
+                f"{folder} was trained with another version of {name}: train it again ({what}: "
+                f"{', '.join(sorted(map(str, told[what]))[:3])})"
+            )
     processor = architecture.Processor.from_pretrained(folder)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 

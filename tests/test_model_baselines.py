@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from test_model_cell import shards
 
 import model.baselines
-from model import config, evaluate, results
+from model import checkpoint, config, evaluate, results
 from model import train as stage_train
 from model.examples import Evidence, OcrLine, Product, Question
 from model.pretrained import checkpoint_path
@@ -130,8 +130,8 @@ def test_a_model_loaded_from_disk_says_the_same(trained, tmp_path):
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.model_type
-    loaded = architecture.Model.from_pretrained(tmp_path, use_safetensors=True).eval()
-    again = architecture.Processor.from_pretrained(tmp_path)
+    (tmp_path / checkpoint.PROVENANCE).write_text(json.dumps({"architecture": architecture.__name__}))
+    loaded, again = checkpoint.load(tmp_path)
     want = model.extract([processor.encode(question) for question in eight()], processor)
     assert loaded.extract([again.encode(question) for question in eight()], again) == want
 

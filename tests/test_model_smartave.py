@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from model import checkpoint
 from model.decoder import beam_search, mixture
 from model.examples import Evidence, OcrLine, Product, Question, Source
 from model.pretrained import checkpoint_path
@@ -102,12 +104,33 @@ def test_a_model_loaded_from_disk_says_the_same(trained, tmp_path):
     assert loaded.extract([again.encode(question) for question in questions], again) == want
 
 
+def save(model, processor, folder):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / checkpoint.PROVENANCE).write_text('{"architecture": "model.smartave"}')
+
+
+def test_weights_of_another_version_are_refused_and_none_drawn_by_chance(tmp_path):
+    model, processor = Model.start(Settings(**TINY | {"joint": True}), dozen(), 16)
+    save(model, processor, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for changed, what in (
+        (
+            {name: weights[name] for name in weights if name != "view.text.bias"},
+            "missing_keys: view.text.bias",
+        ),
+        (weights | {"tagger.older": torch.zeros(1)}, "unexpected_keys: tagger.older"),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"another version of model.smartave: train it again .{what}"):
+            checkpoint.load(tmp_path)
+
+
 def test_a_model_with_parts_left_out_trains_and_comes_back_from_disk(tmp_path):
     ablated = {"without_texts": ["title"], "without_patterns": ["h2h"], "shared_query_key": True}
     model, processor = train(TINY | ablated, dozen(), 2)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded, again = Model.from_pretrained(tmp_path).eval(), Processor.from_pretrained(tmp_path)
+    save(model, processor, tmp_path)
+    loaded, again = checkpoint.load(tmp_path)
     assert again.without == ["title"]
     assert loaded.encoder.layers[0].attention.without == {"h2h"}
     questions = dozen()[:4]
