@@ -30,7 +30,9 @@ def load(folder: Path) -> tuple[Any, Any]:
     if not isinstance(name, str) or not ARCHITECTURE.fullmatch(name):
         raise ValueError(f"{about}: architecture must be a module of model/, got {name!r}")
     architecture = importlib.import_module(name)
-    model, told = architecture.Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    model, told = architecture.Model.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told[what]:
             raise ValueError(

@@ -106,15 +106,16 @@ class CopyDecoder(nn.Module):
             of_view = self.view_query(x) @ memory.view.transpose(1, 2)  # (Q, Y, T)
             scores = scores + memory.by_row(precise(of_view)) / math.sqrt(memory.view.shape[-1])
         mask = memory.text_mask[:, None]
-        copy = masked_softmax(scores, mask)  # (B, A * Y, T)
-        context = memory.by_question(copy.to(memory.text.dtype) @ memory.text)
+        weights = masked_softmax(scores, mask)  # (B, A * Y, T)
+        context = memory.by_question(weights.to(memory.text.dtype) @ memory.text)
+        copy = memory.by_question(weights)
         gate = precise(self.gate(torch.cat([context, x, embedded], dim=-1)).squeeze(-1))
         if memory.view is not None:
-            seen = memory.by_question(copy).to(memory.view.dtype) @ memory.view
+            seen = copy.to(memory.view.dtype) @ memory.view
             gate = gate + precise(self.view_gate(seen).squeeze(-1))
             gate = gate - memory.by_question(log_mean_exp(scores, mask)[..., None]).squeeze(-1)
         nothing_to_copy = ~memory.of_question(memory.text_mask.any(dim=1, keepdim=True))
-        return x, memory.by_question(copy), gate.masked_fill(nothing_to_copy, 30.0), present
+        return x, copy, gate.masked_fill(nothing_to_copy, 30.0), present
 
     def no_past(self, num_hypotheses: int) -> list[Tensor]:
         """The `past` of hypotheses that have no token yet."""

@@ -120,6 +120,7 @@ def test_weights_of_another_version_are_refused_and_none_drawn_by_chance(tmp_pat
             "missing_keys: view.text.bias",
         ),
         (weights | {"tagger.older": torch.zeros(1)}, "unexpected_keys: tagger.older"),
+        (weights | {"view.text.bias": torch.zeros(1)}, r"mismatched_keys: .*view.text.bias"),
     ):
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=rf"another version of model.smartave: train it again .{what}"):

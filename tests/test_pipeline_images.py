@@ -728,9 +728,9 @@ def test_failed_rows_of_a_finished_stage_are_retried_by_command(corpus, monkeypa
 
 def test_a_redirect_waits_for_its_turn_and_loses_none_of_its_time_by_that(server):
     started = time.monotonic()
-    answers = fetched([f"http://{server.host}/there"] * 3, [server.host], per_s=4, timeout_s=0.2, attempts=1)
-    assert {answer.status for answer in answers} == {"ok"}
-    assert time.monotonic() - started >= 5 / 4
+    (answer,) = fetched([f"http://{server.host}/there"], [server.host], per_s=0.5, timeout_s=1.8, attempts=1)
+    assert answer.status == "ok"
+    assert time.monotonic() - started >= 2
 
 
 def test_requests_keep_their_pace_and_a_busy_server_is_left_alone(server):
