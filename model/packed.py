@@ -219,31 +219,31 @@ def packed_attention(
     hyper, local = x.split([packing.num_hyper, len(x) - packing.num_hyper])
 
     # Of hyper-tokens what they need among themselves, what local-tokens read, and the query to local-tokens.
-    of_hyper = torch.stack(
-        project(hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"]), dim=1
-    )
-    dense = packing.rows_of_hyper(of_hyper).unflatten(3, (heads, -1))  # (B, N, 5, H, D/H)
-    queries, keys, values = dense[:, :, :3].permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+    of_hyper = project(hyper, query["h2h"], key["h2h"], attention.value_hyper, key["l2h"], query["h2l"])
+    queries, keys, values, keys_for_local, asks = (
+        packing.rows_of_hyper(part).unflatten(2, (heads, -1)) for part in of_hyper
+    )  # (B, N, H, D/H)
     z_hyper = torch.zeros_like(queries)
     if "h2h" not in attention.without:
-        z_hyper = attend(queries, keys, values, dropout, packing.reads[:, None])
-    z_hyper = z_hyper.transpose(1, 2).flatten(2)  # (B, N, D)
-    of_owners, z_local = of_locals(attention, local, dense, packing)
-    return torch.cat([packing.of_rows(z_hyper + of_owners), z_local])
+        q, k, v = (part.transpose(1, 2) for part in (queries, keys, values))
+        z_hyper = attend(q, k, v, dropout, packing.reads[:, None]).transpose(1, 2)
+    of_owners, z_local = of_locals(attention, local, (values, keys_for_local, asks), packing)
+    return torch.cat([packing.of_rows(z_hyper.flatten(2) + of_owners), z_local])  # of (B, N, D) and (P, D)
 
 
-OfLocals = Callable[[StructuredAttention, Tensor, Tensor, Packing], tuple[Tensor, Tensor]]
+OfHyper = tuple[Tensor, Tensor, Tensor]
+OfLocals = Callable[[StructuredAttention, Tensor, OfHyper, Packing], tuple[Tensor, Tensor]]
 
 
 def at_once(
-    attention: StructuredAttention, local: Tensor, of_hyper: Tensor, packing: Packing
+    attention: StructuredAttention, local: Tensor, of_hyper: OfHyper, packing: Packing
 ) -> tuple[Tensor, Tensor]:
     """`by_length` on a GPU: one ragged call among local-tokens, example by example with hyper-tokens.
 
     The kernel for ragged sequences spends on few keys what it spends on many, and more still on gradients.
     """
     heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
-    _, _, values_hyper, keys_hyper, asks = of_hyper.unbind(2)  # (B, N, H, D/H)
+    values_hyper, keys_hyper, asks = of_hyper
     queries, keys, values = project(local, query["l2l"], key["l2l"], attention.value_local)
     z_local, z_hyper = torch.zeros_like(queries), torch.zeros_like(values_hyper).flatten(2)
     if len(local) and "l2l" not in attention.without:
@@ -257,18 +257,19 @@ def at_once(
 
 
 def by_length(
-    attention: StructuredAttention, local: Tensor, of_hyper: Tensor, packing: Packing
+    attention: StructuredAttention, local: Tensor, of_hyper: OfHyper, packing: Packing
 ) -> tuple[Tensor, Tensor]:
     """What hyper-tokens read of local-tokens, (B, N, D), and these of both kinds, (P, D).
 
     Args:
         local: (P, D).
-        of_hyper: (B, N, 5, H, D/H), what `packed_attention` projects.
+        of_hyper: values and keys for local-tokens and queries to them, each (B, N, H, D/H).
     """
     heads, query, key, dropout = attention.num_heads, attention.query, attention.key, attention.dropout
     batch, num_hyper = packing.hyper_row.shape
     width, counts = local.shape[1], [count for count, _ in packing.groups]
-    asks = of_hyper[:, :, 4].flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
+    values_hyper, keys_hyper, asks = of_hyper
+    asks = asks.flatten(0, 1).index_select(0, packing.owner)  # (S, H, D/H)
     reads = packing.reads.flatten(0, 1)[packing.owner][:, None, None]  # (S, 1, 1, N)
     absorbed, constant = absorb(asks, key["h2l"])
     maps = [query["l2l"], key["l2l"], attention.value_local]
@@ -277,14 +278,14 @@ def by_length(
     dense_l2h = l2h and work < LESS * len(local) * width and packing.private is None
     l2h_by_group = l2h and not dense_l2h
     of_local = project(local, *maps, *([query["l2h"]] if l2h_by_group else []))
-    read = [of_hyper] * len(counts)
+    read: list[tuple[Tensor, ...]] = [()] * len(counts)
     if l2h_by_group:
-        read = (
-            of_hyper[:, :, 2:4].index_select(0, packing.owner // num_hyper).split(counts)
-        )  # (S, N, 2, H, D/H)
+        examples = packing.owner // num_hyper
+        of_segment = (part.index_select(0, examples) for part in (keys_hyper, values_hyper))  # (S, N, H, D/H)
+        read = list(zip(*(part.split(counts) for part in of_segment), strict=True))
     by_group = zip(*(part.split(packing.blocks) for part in (*of_local, local)), strict=True)
     gathered, z_local = [], []
-    for (*parts, tokens), of_hypers, asked, offset, mask, (count, length) in zip(
+    for (*parts, tokens), hypers, asked, offset, mask, (count, length) in zip(
         by_group,
         read,
         absorbed.split(counts),
@@ -300,19 +301,20 @@ def by_length(
         if "l2l" not in attention.without:
             z = attend(queries, keys, values, dropout)
         if to_hyper:
-            values_of_hyper, keys_of_hyper = of_hypers.permute(2, 0, 3, 1, 4)
-            z = z + attend(to_hyper[0], keys_of_hyper, values_of_hyper, dropout, mask)
+            keys_read, values_read = (part.transpose(1, 2) for part in hypers)
+            z = z + attend(to_hyper[0], keys_read, values_read, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
         if "h2l" not in attention.without:
             scores = asked @ tokens.view(count, length, -1).transpose(1, 2) + offset[:, :, None]  # (S, H, m)
             gathered.append((dropout(scores.softmax(-1))[:, :, None] @ values).flatten(1))  # (S, D)
-    z_hyper = of_hyper.new_zeros(batch * num_hyper, width)
+    z_hyper = local.new_zeros(batch * num_hyper, width)
     if gathered:
         z_hyper = z_hyper.index_copy(0, packing.owner, torch.cat(gathered))
     of_locals = torch.cat(z_local) if z_local else local
     if dense_l2h:
-        values, keys = of_hyper[:, :, 2:4].unbind(2)
-        of_locals = of_locals + local_to_hyper(local, values, keys, query["l2h"], dropout, packing)
+        of_locals = of_locals + local_to_hyper(
+            local, values_hyper, keys_hyper, query["l2h"], dropout, packing
+        )
     return z_hyper.unflatten(0, (batch, num_hyper)), of_locals
 
 
@@ -326,7 +328,9 @@ def local_to_hyper(
     batch, num_hyper, heads, _ = keys.shape
     absorbed, constant = absorb(keys.flatten(0, 1), query)
     tokens = packing.rows_of_local(local)
-    scores = tokens @ absorbed.reshape(batch, num_hyper * heads, -1).transpose(1, 2)  # (B, L, N * H)
+    # Keys come first, so that their gradient, the largest one, needs no transposing.
+    scores = absorbed.reshape(batch, num_hyper * heads, -1) @ tokens.transpose(1, 2)
+    scores = scores.transpose(1, 2).contiguous()  # (B, L, N * H)
     scores = (scores + constant.view(batch, 1, -1)).unflatten(2, (num_hyper, heads))
     weights = scores.masked_fill(~packing.read_by_local[..., None], -math.inf).softmax(dim=2)
     z = dropout(weights).permute(0, 3, 1, 2) @ values.transpose(1, 2)  # (B, H, L, D/H)
@@ -374,4 +378,5 @@ def packed_encoder(
         x = feed_forward(layer, x, layer.attention.output(z))
     if kept is not None:
         x = x.new_zeros(len(hyper) + len(local), x.shape[1]).index_copy(0, kept, x)
-    return x[: packing.num_hyper], x[packing.num_hyper :]
+    of_hyper, of_local = x.split([len(hyper), len(local)])  # two slices would have gradients as large as x
+    return of_hyper, of_local
