@@ -79,7 +79,7 @@ class Reader:
         if not isinstance(asin, str):
             return Line(None, "no asin")
         if not self.pattern.fullmatch(asin):
-            return Line(asin, "id is not an asin")
+            return Line(_whole(asin), "id is not an asin")
         paragraphs = [pair for pair in clean.paragraphs(metadata) if pair[1] not in self.dropped]
         if not clean.has_title(paragraphs):
             return Line(asin, "no title")
@@ -90,8 +90,13 @@ class Reader:
         """The innermost of the line's categories that the model was trained on, else the innermost."""
         given = metadata.get("category")
         names = [metadata.get("main_cat"), *(given if isinstance(given, list) else [given])]
-        names = [name.encode("utf-8", "ignore").decode() for name in names if isinstance(name, str) and name]
+        names = [_whole(name) for name in names if isinstance(name, str) and name]
         return next((name for name in reversed(names) if name in self.categories), names[-1] if names else "")
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which no file takes."""
+    return text.encode("utf-8", "ignore").decode()
 
 
 def here(settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +108,12 @@ class Seen:
     """What a model may see of pictures: fetched, read and cut into regions as for its training."""
 
     def __init__(self, provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str]) -> None:
-        base = str(folder) if folder is not None else None
-        self.settings = images.Settings.model_validate({"base": base, "hosts": list(hosts)})
+        places = {
+            "base": str(folder) if folder is not None else None,
+            "base_sha256": None,
+            "hosts": list(hosts),
+        }
+        self.settings = images.Settings.model_validate({**provenance.get("images", {}), **places})
         self.fetch: Process = images.make_worker(self.settings)
         looks = {"ocr": True, "image": True, **provenance["settings"]}
         self.ocr: Process | None = None
@@ -155,11 +164,13 @@ def answers(
     while chunk := list(islice(waiting, CHUNK)):
         usable = [line for line in chunk if line.status == "ok"]
         found = list(zip(usable, seen(usable), strict=True)) if usable else []
-        questions = [
-            Question(
-                Product(str(line.asin), str(line.asin), line.category, line.paragraphs, **fields), attribute
-            )
+        given = [  # one object each: by it a model knows what is asked of the same product
+            Product(str(line.asin), str(line.asin), line.category, line.paragraphs, **fields)
             for line, (_, fields) in found
+        ]
+        questions = [
+            Question(product, attribute)
+            for line, product in zip(usable, given, strict=True)
             for attribute in asked(line)
         ]
         said, pictures = extract(questions), iter(found)

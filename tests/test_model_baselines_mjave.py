@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from test_model_baselines import eight, train
 
@@ -60,6 +62,23 @@ def test_tags_of_attributes_that_were_not_asked_are_left_out():
     _, tags = model.scores(**{name: batch[name] for name in names})
     assert (tags[..., 1:3] < -1e30).all()
     assert (tags[..., [0, 3, 4]] > -1e30).all()
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked_of_the_product():
+    asked = eight()
+    soap = [
+        Question(replace(q.product, category="Soaps"), "Smell", q.values, q.origins, q.evidences)
+        for q in asked[::2]
+    ]
+    _, model, processor = train("mjave", asked + soap, 150)  # what is a color of mugs is a smell of soaps
+    mug = asked[0].product
+    alone = model.extract([processor.encode(Question(mug, "Color"))], processor)
+    names = ("Color", "Smell", "Scent")
+    together = model.extract([processor.encode(Question(mug, name)) for name in names], processor)
+    assert [one.value for one in alone[0]] == ["red"]
+    assert together[0] == alone[0]
+    of_smell = model.extract([processor.encode(Question(mug, "Smell"))], processor)
+    assert together[1] == of_smell[0]
 
 
 def test_without_a_picture_the_text_stands_alone():

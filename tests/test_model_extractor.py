@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from model import extractor
+from model import extractor, train
 from model.examples import OcrLine, Product, Question, Source
 from model.floor import Floor
 from pipeline import mave
@@ -72,6 +72,12 @@ def test_the_category_is_the_innermost_that_the_model_knows(reader, fields, cate
     assert reader.read(line(**fields)).category == category
 
 
+def test_a_line_with_half_a_surrogate_pair_for_its_asin_can_be_written(reader):
+    read = reader.read(line(asin="B0000\ud80001"))
+    assert (read.asin, read.status) == ("B000001", "id is not an asin")
+    json.dumps(read.asin, ensure_ascii=False).encode()
+
+
 def said(*rows):
     return [{"attribute": "Color", "score": score, "correct": correct} for score, correct in rows]
 
@@ -129,6 +135,19 @@ def test_one_row_per_line_in_order_over_many_chunks(reader, rule):
             assert (row["attributes"], row["image"]) == ([], None)
 
 
+def test_all_that_is_asked_of_a_line_is_asked_of_one_product(reader, rule):
+    asked = []
+
+    def extract(questions):
+        asked.extend(questions)
+        return rule(asked)
+
+    lines = [reader.read(line(asin=f"B{number:09}")) for number in range(3)]
+    list(extractor.answers(lines, unseen, lambda line: ["Color", "Size"], extract, 0.0))
+    rows = train.rows(asked, joint=True)
+    assert [[question.attribute for question in row] for row in rows] == [["Color", "Size"]] * 3
+
+
 def test_values_under_the_threshold_are_left_out_and_their_attribute_stays(reader, rule):
     (row,) = extractor.answers([reader.read(line())], unseen, lambda line: ["Color"], rule, 0.51)
     assert row["attributes"] == [{"key": "Color", "values": []}]
@@ -167,6 +186,14 @@ def test_pictures_are_fetched_read_and_cut_into_regions_on_the_way(tmp_path):
     assert fields["regions"].shape == (len(fields["boxes"]), 2048)
     assert fields["boxes"][-1].tolist() == [0, 0, 320, 120]
     assert all(found == {"ocr": ()} for _, found in seen[1:])
+
+
+def test_pictures_are_prepared_as_for_the_training_and_looked_for_where_the_catalogue_says(tmp_path):
+    images = {"cdn_size_px": 500, "max_pixels": 10**8, "base": "data/mine/pictures", "hosts": ["a.example"]}
+    about = {"settings": {"ocr": False, "image": False}, "images": images | {"base_sha256": "0" * 64}}
+    settings = extractor.Seen(about, tmp_path, ["b.example"]).settings
+    assert (settings.cdn_size_px, settings.max_pixels) == (500, 10**8)
+    assert (settings.base, settings.base_sha256, settings.hosts) == (str(tmp_path), None, ("b.example",))
 
 
 def test_a_model_trained_with_a_gpu_reads_pictures_without_one_and_a_chosen_processor_stays(monkeypatch):

@@ -54,6 +54,11 @@ class Config(inputs.Config):
     model_type = "mjave"
 
 
+def tags_of(asked: Tensor) -> Tensor:
+    """Which tags attributes leave, (..., A) bool to (..., 2 A + 1)."""
+    return torch.cat([torch.ones_like(asked[..., :1]), asked.repeat_interleave(2, dim=-1)], dim=-1)
+
+
 def tag_of(attribute: int, part: int) -> int:
     """The tag of attribute number `attribute`: 0 is O, then B and I (`part` 1 and 2) of each in turn."""
     return 2 * attribute + part
@@ -242,8 +247,7 @@ class Model(Baseline):
         second = (attended * self.regional_gate(p, regions)[:, None]) @ values
         tokens, states, names = (layer(one) for layer, one in zip(self.tag_parts, (x, h, p), strict=True))
         tags = self.tag_head(tokens + states + names[:, None] + second).float()
-        allowed = torch.cat([torch.ones_like(asked[:, :1]), asked.repeat_interleave(2, dim=1)], dim=1)
-        return attributes.float(), tags.masked_fill(~allowed[:, None], NOTHING)
+        return attributes.float(), tags.masked_fill(~tags_of(asked)[:, None], NOTHING)
 
     def forward(self, *, targets: Tensor, present: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         asked = batch["asked"]
@@ -261,17 +265,15 @@ class Model(Baseline):
     def extract(self, examples: Sequence[Encoded], processor: Processor) -> list[tuple[Extraction, ...]]:
         """The values tagged with the question's attribute, scored by their tags' probability.
 
-        A product is looked at once for all of its questions.
+        A product is looked at once for all of its questions; which attributes it may have is said by each of
+        them, and not by what else is asked.
         """
         products = {id(one.question.product): one for one in examples}
         number = {key: position for position, key in enumerate(products)}
         batch = self.on_device(processor.collate(list(products.values())))
-        asked = torch.zeros_like(batch["asked"])
-        for example in examples:
-            asked[number[id(example.question.product)], processor.may_have(example.question)] = True
-        names = ("input_ids", "attention_mask", "regions", "region_mask")
-        _, tags = self.scores(asked=asked, **{name: batch[name] for name in names})
-        scores, best = (one.tolist() for one in tags.softmax(-1).max(-1))
+        batch["asked"] = torch.ones_like(batch["asked"])
+        names = ("input_ids", "attention_mask", "asked", "regions", "region_mask")
+        _, tags = self.scores(**{name: batch[name] for name in names})
         found: list[tuple[Extraction, ...]] = []
         for example in examples:
             row = number[id(example.question.product)]
@@ -280,10 +282,14 @@ class Model(Baseline):
                 continue
             first = tag_of(processor.attributes.index(example.question.attribute), 1)
             parts = {first: 1, first + 1: 2}
-            own = [parts.get(tag, 0) for tag in best[row][: len(example.ids)]]
+            asked = torch.zeros_like(batch["asked"][row])
+            asked[processor.may_have(example.question)] = True
+            of_row = tags[row, : len(example.ids)].masked_fill(~tags_of(asked), NOTHING)
+            scores, best = of_row.softmax(-1).max(-1)
+            own = [parts.get(tag, 0) for tag in best.tolist()]
             said = []
             for begin, end in chain.decode_tags(own, BIO):
-                said.append((begin, end, float(torch.tensor(scores[row][begin:end]).prod())))
+                said.append((begin, end, float(scores[begin:end].cpu().prod())))
             found.append(extractions(example, said))
         return found
 
