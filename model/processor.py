@@ -9,7 +9,7 @@ S text segments of the batch.
 import json
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -103,6 +103,7 @@ class Processor:
             the attribute's name then takes nothing from the product's text.
         region_width: width of a region's feature.
         without: kinds of paragraphs (title, description, feature, other) that the model does not see.
+        spelling: values as training wrote them, by what `joined` makes of their word pieces.
     """
 
     FILE = "processor_config.json"
@@ -118,8 +119,9 @@ class Processor:
         region_width: int,
         joint: bool = False,
         without: Sequence[str] = (),
+        spelling: Mapping[str, str] | None = None,
     ) -> None:
-        self.without = list(without)
+        self.without, self.spelling = list(without), dict(spelling or {})
         self.tokenizer = tokenizer
         self.image, self.ocr, self.joint = image, ocr, joint
         self.max_length, self.max_output_length = max_length, max_output_length
@@ -138,16 +140,26 @@ class Processor:
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         names = ("image", "ocr", "joint", "max_length", "max_output_length", "region_width", "without")
-        settings = {name: getattr(self, name) for name in names}
-        (Path(folder) / self.FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        settings = {name: getattr(self, name) for name in (*names, "spelling")}
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Processor":
-        settings = json.loads((Path(folder) / cls.FILE).read_text())
+        settings = json.loads((Path(folder) / cls.FILE).read_text(encoding="utf-8"))
         return cls(AutoTokenizer.from_pretrained(folder), **settings)
 
     def _ids(self, text: str) -> list[int]:
         return [piece for piece, _, _ in self._pieces(text)]
+
+    def learn_spelling(self, questions: Iterable[Question]) -> None:
+        """How values are mostly written: word pieces tell neither accents nor all blanks."""
+        written: dict[str, Counter[str]] = {}
+        for question in questions:
+            for value in question.values:
+                written.setdefault(self.joined(self._ids(value)), Counter())[value] += 1
+        often = {joined: min(seen, key=lambda v: (-seen[v], v)) for joined, seen in written.items()}
+        self.spelling = {joined: value for joined, value in often.items() if value != joined}
 
     def _segments(self, question: Question) -> list[Segment]:
         product = question.product
@@ -369,6 +381,11 @@ class Processor:
         return Extraction(self.spell(pieces), score)
 
     def spell(self, pieces: Sequence[int]) -> str:
+        """Word pieces to text as training wrote it most often; what it never wrote is `joined`."""
+        text = self.joined(pieces)
+        return self.spelling.get(text, text)
+
+    def joined(self, pieces: Sequence[int]) -> str:
         """Word pieces to text, without the blanks that the tokenizer puts around punctuation."""
         words = self.tokenizer.convert_ids_to_tokens(list(pieces))
         if self.characters:

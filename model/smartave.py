@@ -74,6 +74,7 @@ class Model(Network):
             joint=settings.joint,
             without=settings.without_texts,
         )
+        processor.learn_spelling(questions)
         seen = {"image", "ocr", "without_texts", "compile"}
         names = set(Settings.model_fields) - seen - {"pretrained", "pretrained_layers", "tokenizer"}
         config = Config(

@@ -165,6 +165,20 @@ def test_a_generated_value_has_no_place_and_repeats_are_dropped(tokenizer):
     assert processor.decode(encoded, [processor.end], 0.9, np.zeros((1, 10))) == ()
 
 
+def test_a_generated_value_is_written_as_training_mostly_wrote_it(tokenizer, tmp_path):
+    written = ["100% Cotton", "100% cotton", "100% Cotton", "café", "men’s", "6 - 12 months", "red"]
+    learnt = make(tokenizer)
+    learnt.learn_spelling(ask([], values=[value]) for value in written)
+    learnt.save_pretrained(tmp_path)
+    for processor in (learnt, Processor.from_pretrained(tmp_path)):
+        encoded = processor.encode(ask([("A mug", "title")]))
+        for value in ("100% Cotton", "café", "men’s", "6 - 12 months", "red"):
+            output = processor._ids(value)
+            found = processor.decode(encoded, output, 0.5, np.zeros((len(output), 10)))
+            assert found == (Extraction(value, 0.5, Source("vocabulary")),)
+    assert set(learnt.spelling.values()) == {"100% Cotton", "café", "men’s", "6 - 12 months"}
+
+
 def test_chinese_is_read_and_spelled_by_character():
     processor = make(character_tokenizer(["爱华仕搭扣单肩包", "材质"]))
     encoded = processor.encode(ask([("搭扣包", "title")], "材质", values=["搭扣"]))
