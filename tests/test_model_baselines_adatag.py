@@ -2,7 +2,7 @@ import torch
 from test_model_baselines import MINILM, eight, train
 
 from model.baselines.adatag import mixture
-from model.examples import Question
+from model.examples import Evidence, Product, Question
 
 
 def test_transitions_are_a_mixture_of_experts():
@@ -42,6 +42,16 @@ def test_an_attribute_s_vector_comes_from_its_mentions_in_training():
     assert (scent[3] == 0).all()
     assert scent[0].abs().sum() > 0
     torch.testing.assert_close(model.attribute.weight[0], model.attribute.weight[1:].mean(0))
+
+
+def test_a_mention_longer_than_bert_reads_is_cut():
+    value = "water, sugar, cocoa butter, " * 100
+    product = Product("B000000001", "B000000001", "Food", ((f"Made of {value}.", "description"),))
+    evidence = Evidence(value, 0, 8, 8 + len(value))
+    asked = [Question(product, "Ingredients", (value,), ("text",), (evidence,))]
+    _, model, processor = train("adatag", asked, 0, **MINILM)
+    assert len(processor.ids(value)) > 512
+    assert model.attribute.weight.isfinite().all()
 
 
 def test_an_unknown_attribute_is_asked_as_number_zero():

@@ -99,6 +99,8 @@ def attribute_vectors(questions: Sequence[Question], processor: Processor, bert:
     def inside(before: str, words: str, after: str) -> Tensor:
         """The mean of BERT's vectors of `words` where they stand."""
         left, middle, right = (processor.ids(part) for part in (before, words, after))
+        room = bert.config.max_position_embeddings - 2 - len(left)
+        middle, right = middle[:room], right[: max(0, room - len(middle))]
         row = torch.tensor([[processor.cls, *left, *middle, *right, processor.sep]])
         states = bert(row).last_hidden_state[0]
         return states[1 + len(left) : 1 + len(left) + len(middle)].mean(0)
