@@ -40,6 +40,7 @@ from pipeline.workers import stopping_with_parent
 CHECKPOINTS = Path(".cache/training")
 WHOLE = "whole.json"  # the seal of a checkpoint that was written to its end
 POOL = 8
+PREPARING = ("products", "images", "ocr", "regions")  # stages whose settings a model's input is made by
 
 
 class Settings(params.Settings):
@@ -316,7 +317,7 @@ def fit(
             weight_decay=0.0,  # which makes it the paper's Adam
             bf16=cell.train.precision == "bfloat16",
             seed=seed,
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=True,  # PAM, AVEQA and a model without a pattern have such
             dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # forked: they share the processor
             dataloader_persistent_workers=torch.cuda.is_available(),
             eval_strategy="steps",
@@ -345,6 +346,14 @@ def fit(
     return model.eval(), processor, curves(trainer.state.log_history), last is not None
 
 
+def sighted(cell: Cell, training: Sequence[Question]) -> Cell:
+    """The cell, or one that does not look at pictures, where training has none to learn from."""
+    looks = "image" in importlib.import_module(cell.architecture).Settings.model_fields
+    if not looks or any(question.product.regions is not None for question in training):
+        return cell
+    return cell.model_copy(update={"settings": {**cell.settings, "image": False}})
+
+
 def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question]) -> dict[str, Any]:
     """What a user of the model has to know, and `model.predict` to prepare its input the same way."""
     by_category: dict[str, set[str]] = {}
@@ -357,9 +366,7 @@ def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question])
         "settings": cell.settings,
         "train": cell.train.model_dump(mode="json"),
         "weights": cell.settings.get("pretrained") or "random",
-        "products": json.loads(Path("config", corpus, "products.json").read_text()),
-        "ocr": json.loads(Path("config", corpus, "ocr.json").read_text()),
-        "regions": json.loads(Path("config", corpus, "regions.json").read_text()),
+        **{stage: json.loads(Path("config", corpus, f"{stage}.json").read_text()) for stage in PREPARING},
         "attributes": sorted({question.attribute for question in training}),
         "attributes_by_category": {name: sorted(by_category[name]) for name in sorted(by_category)},
     }
@@ -389,6 +396,7 @@ def run(corpus: str, name: str, seed: int) -> None:
             f"{corpus} has {len(training)} training and {len(validation)} validation questions; "
             "both must be there"
         )
+    cell = sighted(cell, training)
     tell_if_slow(cell.train.precision, "cuda" if torch.cuda.is_available() else "cpu", "train")
     started = time.perf_counter()
     model, processor, history, resumed = fit(cell, training, validation, seed, checkpoints)

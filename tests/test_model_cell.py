@@ -102,6 +102,7 @@ def write_corpus(root):
     config = root / "config" / "mine"
     settings = {
         "products": {"kind": "mave", "drop_sources": ["brand"]},
+        "images": {"cdn_size_px": 500},
         "ocr": {"engine": "easyocr"},
         "regions": {"backend": "torchvision", "weights": "random"},
         "evaluate": {"batch_size": 5},
@@ -213,6 +214,7 @@ def test_one_product_gets_what_its_line_in_a_catalogue_gets(cell, tmp_path, monk
     predict.run(predict.parse(options))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     extractor = Extractor.from_pretrained("runs/mine/tiny/0/model")
+    assert extractor.seen.settings.cdn_size_px == 500  # as in training
     for line, row in zip(given, rows, strict=True):
         answer = extractor(line)
         assert scores(answer) == pytest.approx(scores(row), abs=1e-5)  # products share batches in a catalogue

@@ -5,9 +5,11 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,6 +215,20 @@ def test_rows_are_questions_or_with_joint_products():
     assert [len(row) for row in train.rows(questions, joint=True)] == [2, 1]
 
 
+def test_a_model_trained_without_pictures_does_not_look_at_the_first_one_that_comes(tmp_path):
+    texts = asked(24)
+    blind = train.sighted(cell({"image": True}), texts)
+    assert blind.settings == TINY | {"image": False}
+    model, processor, _, _ = train.fit(blind, texts, asked(6), 0, tmp_path)
+    found = []
+    for regions in (None, np.ones((3, 2048), np.float16)):
+        product = replace(texts[0].product, regions=regions)
+        found += model.extract([processor.encode(Question(product, "Color"))], processor)
+    assert found[0] == found[1] != ()
+    seen = replace(texts[0], product=replace(texts[0].product, regions=np.ones((1, 8), np.float16)))
+    assert train.sighted(cell({"image": True}), [*texts, seen]).settings["image"]
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}, {root!r}]
@@ -244,22 +260,24 @@ PROCESS = """
 import json, os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import test_model_train as this
-_, history = this.fit({folder!r}, this.cell({{"dropout": 0.0}}))
+_, history = this.fit({folder!r}, this.cell({settings!r}))
 if os.environ["RANK"] == "0":
     open({output!r}, "w").write(json.dumps(history))
 """
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"without_patterns": ["h2h"]}], ids=["whole", "a pattern left out"])
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, more):
+    settings = {"dropout": 0.0, **more}
     here, output = Path(__file__).parent, tmp_path / "history.json"
     script = tmp_path / "run.py"
-    where = {"folder": str(tmp_path / "two"), "output": str(output)}
+    where = {"folder": str(tmp_path / "two"), "output": str(output), "settings": settings}
     script.write_text(PROCESS.format(tests=str(here), root=str(here.parent), **where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads(output.read_text())
-    _, one = fit(tmp_path / "one", cell({"dropout": 0.0}))
+    _, one = fit(tmp_path / "one", cell(settings))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
