@@ -93,17 +93,21 @@ def why_forbidden(url: yarl.URL, hosts: frozenset[str]) -> str | None:
     """None where the rule of this module lets `url` be asked for."""
     if url.user is not None or url.password is not None:
         return "a URL with a user name"
-    if url.scheme in ("http", "https") and f"{url.host}:{url.port}" in hosts:
+    try:
+        host = url.host
+    except ValueError as error:  # a name is decoded only now, and what begins with xn-- may be none
+        return f"{url.raw_host} is no name: {error}"
+    if url.scheme in ("http", "https") and f"{host}:{url.port}" in hosts:
         return None
     if url.scheme != "https":
         return f"{url.scheme or 'no'} scheme, https only"
-    if url.host not in hosts or url.port != 443:
-        return f"{url.host}:{url.port} is not in images.hosts"
+    if host not in hosts or url.port != 443:
+        return f"{host}:{url.port} is not in images.hosts"
     try:
-        public = _is_public(url.host)
+        public = _is_public(host)
     except ValueError:
         return None  # a name, whose addresses the resolver checks
-    return None if public else f"{url.host} is not a public address"
+    return None if public else f"{host} is not a public address"
 
 
 class Turns:
@@ -158,7 +162,7 @@ class Client:
             first = yarl.URL(url)
         except ValueError as error:
             return Fetched("bad_url", str(error))
-        if not first.host:
+        if not first.raw_host:
             return Fetched("bad_url", "no host")
         try:
             return await self._once(first)

@@ -15,7 +15,7 @@ def retry_after_s(header: str | None) -> float | None:
         return float(header)
     try:
         date = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+        now = datetime.datetime.now(date.tzinfo)
+        return max(0.0, (date - now).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    now = datetime.datetime.now(date.tzinfo)
-    return max(0.0, (date - now).total_seconds())

@@ -454,10 +454,15 @@ def test_a_closed_port_may_work_another_time():
         ("https://[::1]/a.jpg", "forbidden_host", "not in images.hosts"),
         ("https://[64:ff9b::7f00:1]/a.jpg", "forbidden_host", "64:ff9b::7f00:1 is not a public address"),
         ("https://localhost/a.jpg", "forbidden_host", "localhost has no public address"),
+        ("https://xn--/a.jpg", "forbidden_host", "xn-- is no name"),
+        ("https://xn--a-/a.jpg", "forbidden_host", "xn--a- is no name"),
+        ("https://user@xn--/a.jpg", "forbidden_host", "a URL with a user name"),
+        ("http://xn--:8080/a.jpg", "forbidden_host", "xn-- is no name"),
     ],
 )
 def test_only_allowed_hosts_at_public_addresses_are_asked(url, status, why):
-    (answer,) = fetched([url], ["example.com", "127.0.0.1", "localhost", "64:ff9b::7f00:1"])
+    hosts = ["example.com", "127.0.0.1", "localhost", "64:ff9b::7f00:1", "xn--", "xn--:8080", "None"]
+    (answer,) = fetched([url], hosts)
     assert answer.status == status
     assert why in answer.error
 
@@ -560,6 +565,7 @@ FAULTS = {  # path -> status
     "to?url=http://10.0.0.1/x.jpg": "forbidden_host",
     "to?url=http://169.254.169.254/x.jpg": "forbidden_host",
     "to?url=file:///etc/hostname": "forbidden_host",
+    "to?url=https://xn--a-/x.jpg": "forbidden_host",
     "ok/dot.png": "placeholder",
 }
 LOOPBACK = {"attempts": 2, "max_bytes": 1 << 20, "timeout_s": 0.6, "max_transient": 1.0}
