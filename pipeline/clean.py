@@ -84,7 +84,7 @@ def _unmarked(raw: str, source: str) -> tuple[str, str | None]:
     # The parser passes text through as it is where neither of its two special characters occurs.
     if "<" not in raw and "&" not in raw:
         return raw, None
-    text = _without_surrogates(raw)
+    text = without_surrogates(raw)
     try:
         text = " ".join((_without_plain_markup(text) or without_markup(text)).split())
     except ValueError:
@@ -93,7 +93,7 @@ def _unmarked(raw: str, source: str) -> tuple[str, str | None]:
 
 
 def _finished(text: str) -> tuple[str, str | None]:
-    text = " ".join(_without_surrogates(text).split())
+    text = " ".join(without_surrogates(text).split())
     if not text:
         return "", BLANK
     if is_html(text):
@@ -103,7 +103,8 @@ def _finished(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """Without lone halves of surrogate pairs: JSON can hold them, UTF-8 and Arrow cannot."""
     return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
 
 

@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 
 from pipeline import mave, mepave, params, schema, tables
 from pipeline.amazon import image_urls, root_category
+from pipeline.clean import without_surrogates
 from pipeline.disk import atomically, write_json
 from pipeline.labels import NONE, Labels, Spool
 from pipeline.split import Split, assign, rank
@@ -131,6 +132,8 @@ def _full_row(
     paragraphs = _given_paragraphs(label)
     if paragraphs is None:
         tally.add("paragraphs are not a list of text and source", label["id"])
+    elif not all(_is_whole(part) for paragraph in paragraphs for part in paragraph):
+        tally.add("paragraphs: half of a surrogate pair", label["id"])  # cut out, it would shift the spans
     elif not any(source == "title" and text.strip() for text, source in paragraphs):
         tally.add("no title", label["id"])
     else:
@@ -152,6 +155,10 @@ def _given_paragraphs(label: dict[str, Any]) -> list[tuple[str, str]] | None:
             return None
         paragraphs.append((text, source))
     return paragraphs
+
+
+def _is_whole(text: str) -> bool:
+    return without_surrogates(text) == text
 
 
 class _Roots:
@@ -268,15 +275,18 @@ def _row(
     if not found:
         tally.add("no attribute left", asin)
         return None
+    urls = list(filter(_is_whole, root[1]))
+    if len(urls) < len(root[1]):
+        tally.add("image address: half of a surrogate pair", asin, len(root[1]) - len(urls))
     return {
         "item": asin,
         "asin": asin,
         "corpus": corpus,
-        "root_category": root[0],
-        "category": label["category"],
+        "root_category": " ".join(without_surrogates(root[0]).split()),
+        "category": without_surrogates(label["category"]),
         "title": next((text for text, source in kept if source == "title"), ""),
         "paragraphs": [{"text": text, "source": source} for text, source in kept],
-        "image_urls": root[1],
+        "image_urls": urls,
         "attributes": [
             {
                 "key": attribute.key,
@@ -341,6 +351,9 @@ def _entry(
     values, origins = entry.get("values") or [], entry.get("origins")
     if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
         tally.add("values are not a list of texts", f"{asin}: {key}")
+        return None
+    if not all(map(_is_whole, (key, *values))):
+        tally.add("attribute: half of a surrogate pair", f"{asin}: {key}")
         return None
     if origins is None:
         origins = ["unknown"] * len(values)

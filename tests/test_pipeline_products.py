@@ -124,6 +124,10 @@ def test_a_row_has_everything_the_contract_names(tmp_path: Path) -> None:
             {**label(RED, asin="B000000002"), "paragraphs": ["x"]},
             "paragraphs are not a list of text and source",
         ),
+        (
+            label(RED, asin="B000000002", paragraphs=[("Red mug \ud83d", "title")]),
+            "paragraphs: half of a surrogate pair",
+        ),
         (label(asin="B000000002"), "no attribute left"),
         (label(RED), "repeated label"),
     ],
@@ -205,6 +209,32 @@ def test_nothing_left_is_an_error_that_tells_the_reasons(tmp_path: Path) -> None
         built(tmp_path, label(RED, asin="wrong"), b"{")
     with pytest.raises(ValueError, match=r"no product is left \(the files are empty\)"):
         built(tmp_path / "empty")
+
+
+HALF = "\ud83d"  # of a surrogate pair
+
+
+@pytest.mark.parametrize(
+    ("given", "metadata", "reason"),
+    [
+        ({}, {"imageURLHighRes": [f"{HALF}.jpg", "a.jpg"]}, "image address: half of a surrogate pair"),
+        ({}, {"main_cat": f"Home {HALF}"}, None),
+        ({"category": f"Mugs{HALF}"}, {}, None),
+        ({"attributes": [RED, attribute(f"Size{HALF}")]}, {}, "attribute: half of a surrogate pair"),
+        ({"attributes": [RED, attribute("Size", values=[HALF])]}, {}, "attribute: half of a surrogate pair"),
+    ],
+)
+def test_half_of_a_surrogate_pair_costs_no_more_than_it_stands_in(
+    tmp_path: Path, given: dict[str, Any], metadata: dict[str, Any], reason: str | None
+) -> None:
+    plain = {"asin": "B000000001", "title": "Red mug", "imageURLHighRes": ["a.jpg"], "main_cat": "Home"}
+    tally = Tally()
+    folder = source(tmp_path, {**label(RED, paragraphs=None), **given}, metadata=[plain | metadata])
+    (row,) = products.build(folder, "mine", Settings(kind="mave", max_negatives=1), tally)
+    schema.write_parquet([row], schema.PRODUCTS, tmp_path / "p.parquet")
+    assert (row["root_category"], row["category"], row["image_urls"]) == ("Home", "Mugs", ["a.jpg"])
+    assert [found["key"] for found in row["attributes"]] == ["Color"]
+    assert tally.counts == ({reason: 1} if reason else {})
 
 
 # Merging, leaks, origins
