@@ -214,7 +214,8 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     """Write sha256 (and size) of every file of a corpus into `path`, comments kept; says what it wrote.
 
     A local file's pin is made anew. A URL that has a pin keeps it; one without is downloaded and pinned as
-    it came, on trust. Files that a corpus has from its `base` are pinned there.
+    it came, on trust. Files that a corpus has from its `base` are pinned there. A pin is written as soon as
+    its file is there: what came before a failure is not brought again.
     """
     entries = (read(path) or {}).get("corpora") or {}
     if corpus not in entries:
@@ -225,7 +226,7 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
     if base is not None and not isinstance(outer, dict):
         raise ValueError(f"{where}.base must name a corpus, got {base!r}")
     whole = own if outer is None else {**outer, **own}
-    pins: list[tuple[Wanted, str, int]] = []
+    written = []
     for one in wanted(_settings(whole, where)):
         if one.file.url is not None and one.file.sha256 is not None:
             continue
@@ -233,12 +234,12 @@ def pin(corpus: str, path: Path = PARAMS) -> list[str]:
         if not local.is_file():
             raise ValueError(f"{local} is not a file: put it there, or correct the path in {path}")
         check_local(local)
-        pins.append((one, sha256_of(local), local.stat().st_size))
-    with edited(path) as content:
-        for one, found, size in pins:
-            is_own = outer is None or ("path" if one.key[0] == "sha256" else one.key[0]) in own
+        found, size = sha256_of(local), local.stat().st_size
+        is_own = outer is None or ("path" if one.key[0] == "sha256" else one.key[0]) in own
+        with edited(path) as content:
             _set_pin(content["corpora"][corpus if is_own else base], one, found, size)
-    return [f"{one.file.place}: {found} ({size} bytes)" for one, found, size in pins]
+        written.append(f"{one.file.place}: {found} ({size} bytes)")
+    return written
 
 
 def _settings(entry: Any, where: str) -> params.Settings:

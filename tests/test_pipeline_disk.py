@@ -14,7 +14,7 @@ import pytest
 from misbehaving import serving
 from PIL import Image
 
-from pipeline import disk, images, mave, mepave, params, products, schema, shards, source
+from pipeline import disk, editing, images, mave, mepave, params, products, schema, shards, source
 from pipeline.download import Download
 
 DATA = bytes(range(256)) * 1024
@@ -155,19 +155,25 @@ def test_products_and_their_metrics_are_whole_or_not_there(
     sweep(lambda: products.run("mine"), whole, 7, start)
 
 
-def test_a_params_yaml_that_is_pinned_is_the_old_one_or_the_new_one(here: Path) -> None:
+def test_a_params_yaml_that_is_pinned_is_never_half_and_has_the_pins_of_the_first_files(here: Path) -> None:
     released(Path("in/mepave"))
     old = b"# mine\ncorpora:\n  mine: {kind: mepave, path: in/mepave}\n"
+    path = Path("params.yaml")
 
     def start() -> None:
-        Path("params.yaml").write_bytes(old)
+        path.write_bytes(old)
 
     start()
-    source.pin("mine")
-    new = Path("params.yaml").read_bytes()
+    pins = [line.split()[1] for line in source.pin("mine")]
+    new, states = path.read_bytes(), [old]
+    for number in (1, 2, 3):
+        start()
+        with editing.edited(path) as content:
+            content["corpora"]["mine"]["sha256"] = dict(zip(mepave.FILES, pins[:number], strict=False))
+        states.append(path.read_bytes())
+    assert new == states[-1]
     assert new.startswith(b"# mine")
-    assert b"validation: " in new
-    sweep(lambda: source.pin("mine"), lambda: Path("params.yaml").read_bytes() in (old, new), 4, start)
+    sweep(lambda: source.pin("mine"), lambda: path.read_bytes() in states, 4, start)
 
 
 def test_a_folder_of_image_shards_is_whole_or_says_that_it_is_not(

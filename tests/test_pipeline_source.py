@@ -258,3 +258,17 @@ def test_what_cannot_be_pinned_is_an_error_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         source.pin(corpus)
     assert Path("params.yaml").read_text() == before
+
+
+def test_a_file_that_came_before_another_failed_is_pinned_and_not_brought_again(here: Path) -> None:
+    with serving({"labels.jsonl": LINE, "meta.json.gz": LINE * 2}) as server:
+        server.script["meta.json.gz"] = ["403"]
+        labels, metadata = server.url("labels.jsonl"), server.url("meta.json.gz")
+        text = Path("params.yaml").read_text().replace("path: own/labels.jsonl", f"url: {labels}")
+        text = text.replace(f"path: own/meta.json.gz, sha256: '{'0' * 64}'", f"url: {metadata}")
+        Path("params.yaml").write_text(text)
+        with pytest.raises(ValueError, match="HTTP 403"):
+            source.pin("mine")
+        assert f"- url: {labels}   # by hand\n        sha256: {PIN}\n" in Path("params.yaml").read_text()
+        assert [line.split(": ")[0] for line in source.pin("mine")] == [metadata]
+        assert server.hits == {"labels.jsonl": 1, "meta.json.gz": 2}
