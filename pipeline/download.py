@@ -10,16 +10,20 @@ import hashlib
 import ipaddress
 import json
 import os
+import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+from filelock import FileLock, Timeout
+
 from pipeline import progress
 from pipeline.disk import check_room, sha256_of, write_json
-from pipeline.retrying import REDIRECTS, TRANSIENT, retry_after_s
+from pipeline.retrying import REDIRECTS, TRANSIENT, protocol_of, retry_after_s, was_cut
 
 if TYPE_CHECKING:
     import aiohttp
@@ -79,23 +83,32 @@ class Download:
         A full disk is a `ValueError` or `OSError` at once: no mirror helps.
         """
         self.cache.mkdir(parents=True, exist_ok=True)
-        if self.sha256 and (finished := self.cache / self.sha256).is_file():
-            if sha256_of(finished) == self.sha256:
-                return finished
-            finished.unlink()
         reasons = []
         for url in self.urls:
-            try:
-                return asyncio.run(self._from(url))
-            except (Refused, Transient) as error:
-                reasons.append(f"{url}: {error}")
+            partial = _Partial(self.cache, url, self.sha256)
+            with partial.alone():
+                if self._is_finished():  # by now
+                    return self.cache / str(self.sha256)
+                try:
+                    return asyncio.run(self._from(url, partial))
+                except (Refused, Transient) as error:
+                    reasons.append(f"{url}: {error}")
         raise ValueError("cannot be downloaded:\n  " + "\n  ".join(reasons))
 
-    async def _from(self, url: str) -> Path:
+    def _is_finished(self) -> bool:
+        """Whether the pinned file is in the cache; one that was spoilt there is removed."""
+        finished = self.cache / str(self.sha256)
+        if self.sha256 is None or not finished.is_file():
+            return False
+        if sha256_of(finished) == self.sha256:
+            return True
+        finished.unlink()
+        return False
+
+    async def _from(self, url: str, partial: "_Partial") -> Path:
         import aiohttp
         import tenacity
 
-        partial = _Partial(self.cache, url, self.sha256)
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=self.patience.connect_s, sock_read=self.patience.silence_s
         )
@@ -186,6 +199,7 @@ class Download:
         check_room(self.cache, max(0, (total or self.size or 0) - partial.offset))
         checked = partial.offset
         pace = _Pace(self.patience)
+        protocol = protocol_of(response)
         with (
             partial.path.open("ab", buffering=0) as file,
             progress.of_bytes(urlsplit(str(response.url)).path, total, done=partial.offset) as bar,
@@ -201,9 +215,13 @@ class Download:
                     check_room(self.cache, ROOM_EVERY_BYTES)
                     checked = file.tell()
             os.fsync(file.fileno())
+        if was_cut(response, protocol):
+            raise Transient("the connection was lost in the body")
         expected = self.size if total is None else total
-        if expected is not None and partial.offset < expected:
-            raise Transient(f"{partial.offset} of {expected} bytes")
+        if expected is not None and (brought := partial.offset) != expected:
+            if brought > expected:
+                partial.restart()
+            raise Transient(f"{brought} of {expected} bytes")
 
     def _finish(self, partial: "_Partial") -> Path:
         """Check the whole file and give it its name."""
@@ -227,9 +245,26 @@ class _Partial:
     """The part of a file that is on disk, and the validator of the version it is a part of."""
 
     def __init__(self, cache: Path, url: str, sha256: str | None) -> None:
+        self._url = url
         name = hashlib.sha256(f"{url}\0{sha256}".encode()).hexdigest()[:32]
         self.path = cache / f"{name}.part"
         self._state = cache / f"{name}.json"
+        self._lock = cache / f"{name}.lock"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other process at it; wait, and say so, while one is."""
+        lock = FileLock(self._lock, fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            sys.stderr.write(f"{self._url} is being brought by another process: waiting for it\n")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.unlink(missing_ok=True)  # while it is held: who waits takes no lock without a name
+            lock.release()
 
     @property
     def offset(self) -> int:

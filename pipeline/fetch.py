@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import aiohttp.abc
@@ -20,10 +20,7 @@ import tenacity
 import yarl
 from aiohttp.http_exceptions import ContentLengthError
 
-from pipeline.retrying import REDIRECTS, TRANSIENT, retry_after_s
-
-if TYPE_CHECKING:
-    from aiohttp.client_proto import ResponseHandler
+from pipeline.retrying import REDIRECTS, TRANSIENT, protocol_of, retry_after_s, was_cut, was_lost
 
 Result = TypeVar("Result")
 MAX_HOPS = 5
@@ -248,8 +245,7 @@ class Client:
         too_large = Fetched("too_large", f"more than {self.max_bytes} bytes")
         if (response.content_length or 0) > self.max_bytes:
             return too_large
-        connection = response.connection  # None where the whole body has come
-        protocol = None if connection is None else connection.protocol
+        protocol = protocol_of(response)
         data = bytearray()
         try:
             async for part in response.content.iter_any():
@@ -257,18 +253,11 @@ class Client:
                 if len(data) > self.max_bytes:
                     return too_large
         except aiohttp.ClientPayloadError as error:
-            short = isinstance(error.__cause__, ContentLengthError) and not _was_lost(protocol)
+            short = isinstance(error.__cause__, ContentLengthError) and not was_lost(protocol)
             raise _Again(Fetched("truncated" if short else "transient", "the body ended early")) from None
-        until_close = response.content_length is None and "Transfer-Encoding" not in response.headers
-        if until_close and _was_lost(protocol):  # which aiohttp takes for the end of such a body
+        if was_cut(response, protocol):
             raise _Again(Fetched("transient", "the connection was lost in the body"))
         return Fetched("ok", None, bytes(data))
-
-
-def _was_lost(protocol: "ResponseHandler | None") -> bool:
-    """Whether its connection ended with an error (a reset, say) and was not closed in good order."""
-    ended = None if protocol is None else protocol.exception()
-    return ended is not None and not isinstance(ended, aiohttp.ServerDisconnectedError)
 
 
 def _asked_s(state: tenacity.RetryCallState) -> float | None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from conftest import ROOT
 from misbehaving import serving
 
 from pipeline import disk
-from pipeline.download import Download, Patience
+from pipeline.download import Download, Patience, _Partial
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 PIN = hashlib.sha256(DATA).hexdigest()
@@ -71,6 +72,8 @@ class Server:
         response = web.StreamResponse(status=206 if begin else 200)
         response.headers["ETag"] = self.etag
         response.content_length = len(self.data) - begin
+        if fault == "all in a range":
+            response.content_length = len(self.data)
         if begin:
             shift = 7 if fault == "wrong range" else 0
             response.headers["Content-Range"] = f"bytes {begin + shift}-{len(self.data) - 1}/{len(self.data)}"
@@ -83,6 +86,8 @@ class Server:
         elif fault == "silence":
             await response.write(self.data[begin : begin + 300_000])
             await asyncio.sleep(2)
+        elif fault == "all in a range":
+            await response.write(self.data)
         else:
             await response.write(self.data[begin:])
         return response
@@ -185,7 +190,7 @@ def test_a_changed_file_is_fetched_anew_not_pieced_together(server: Server, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["ignore range", "wrong range"])
+@pytest.mark.parametrize("fault", ["ignore range", "wrong range", "all in a range"])
 def test_a_server_that_mistakes_ranges_still_gives_the_right_bytes(
     server: Server, tmp_path: Path, fault: str
 ) -> None:
@@ -273,6 +278,50 @@ def test_plain_http_needs_to_be_allowed(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_pin_the_file_is_taken_as_it_comes(server: Server, tmp_path: Path) -> None:
     assert download(server, tmp_path, sha256=None) == tmp_path / PIN
+
+
+@pytest.mark.parametrize("sha256", [None, PIN])
+def test_what_a_lost_connection_left_is_no_whole_file_where_no_size_is_known(
+    tmp_path: Path, sha256: str | None
+) -> None:
+    with serving({"data": DATA}) as server:
+        server.script["data"] = ["cut-reset/data?at=300000&length=no"]
+        urls = [server.url("data")]
+        wanted = Download(urls=urls, sha256=sha256, plain_http=[server.place], cache=tmp_path, patience=HURRY)
+        assert wanted.fetch().read_bytes() == DATA
+        assert server.sent["data"] == len(DATA), "finished bytes were asked for again"
+
+
+@pytest.mark.parametrize(("sha256", "hits"), [(PIN, 1), (None, 2)])
+def test_two_who_want_one_file_do_not_write_into_one_another_s_part(
+    tmp_path: Path, sha256: str | None, hits: int
+) -> None:
+    with serving({"data": DATA}) as server, ThreadPoolExecutor() as pool:
+        server.pause_s = 0.02
+        urls = [server.url("data")]
+        wanted = Download(urls=urls, sha256=sha256, plain_http=[server.place], cache=tmp_path, patience=HURRY)
+        first = pool.submit(wanted.fetch)
+        while not list(tmp_path.glob("*.part")):
+            assert not first.done()
+        second = pool.submit(wanted.fetch)
+        assert first.result() == second.result() == tmp_path / PIN
+        assert (tmp_path / PIN).read_bytes() == DATA
+        assert server.hits["data"] == hits
+    assert list(tmp_path.iterdir()) == [tmp_path / PIN]
+
+
+def test_who_waits_for_another_s_part_says_so_and_asks_for_nothing_meanwhile(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ""
+    with ThreadPoolExecutor() as pool:
+        with _Partial(tmp_path, server.url(), PIN).alone():
+            waiting = pool.submit(download, server, tmp_path)
+            while "is being brought by another process: waiting for it" not in told:
+                assert not waiting.done()
+                told += capsys.readouterr().err
+            assert not server.requests
+        assert waiting.result().read_bytes() == DATA
 
 
 # Every fault, with its name and within its deadline
