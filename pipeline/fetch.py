@@ -107,21 +107,40 @@ def why_forbidden(url: yarl.URL, hosts: frozenset[str]) -> str | None:
     return None if public else f"{host} is not a public address"
 
 
+def _server(url: yarl.URL) -> str:
+    return f"{url.raw_host}:{url.port}"
+
+
 class Turns:
-    """When the next request may begin: at most `per_s` in a second, none before a busy server's time."""
+    """When the next request may begin: at most `per_s` in a second, none before a busy server's time.
+
+    A server (`host:port`) that wants more than MAX_WAIT_S is closed: it is not waited for, and not asked.
+    """
 
     def __init__(self, per_s: float | None) -> None:
         self._apart_s = 1 / per_s if per_s else 0.0
         self._next = 0.0
+        self._closed: dict[str, tuple[float, float]] = {}  # server -> until when, and the seconds it wanted
 
-    async def take(self) -> None:
+    async def take(self, server: str = "") -> float | None:
+        """Wait for a turn; where `server` is closed, none comes: the seconds that it wanted."""
         clock = asyncio.get_running_loop().time
-        while (wait_s := self._next - clock()) > 0:  # meanwhile another may have come first
+        while True:  # when a wait is over, another may have come first, or the server may be closed
+            until, wanted_s = self._closed.get(server, (0.0, 0.0))
+            if until > clock():
+                return wanted_s
+            if (wait_s := self._next - clock()) <= 0:
+                break
             await asyncio.sleep(wait_s)
         self._next = clock() + self._apart_s
+        return None
 
-    def hold(self, seconds: float) -> None:
-        self._next = max(self._next, asyncio.get_running_loop().time() + seconds)
+    def hold(self, seconds: float, server: str = "") -> None:
+        until = asyncio.get_running_loop().time() + seconds
+        if seconds > MAX_WAIT_S:
+            self._closed[server] = until, seconds
+        else:
+            self._next = max(self._next, until)
 
 
 class Client:
@@ -202,7 +221,8 @@ class Client:
             for _ in range(MAX_HOPS):
                 if why := why_forbidden(url, self.hosts):
                     return Fetched("forbidden_host", why)
-                await self.turns.take()
+                if closed_s := await self.turns.take(_server(url)):
+                    return Fetched("transient", f"the server asked for {closed_s:.0f} s")
                 began = clock()
                 try:
                     async with asyncio.timeout(left_s):
@@ -235,8 +255,8 @@ class Client:
         code = response.status
         if code in TRANSIENT:
             after_s = retry_after_s(response.headers.get("Retry-After"))
-            if after_s is not None and after_s <= MAX_WAIT_S:
-                self.turns.hold(after_s)  # it is the server that is busy, not this one picture
+            if after_s is not None:
+                self.turns.hold(after_s, _server(response.url))  # it is busy, not this one picture
             raise _Again(Fetched("transient", f"HTTP {code}"), after_s)
         if code in (404, 410):
             return Fetched("not_found", f"HTTP {code}")

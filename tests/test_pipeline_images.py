@@ -371,6 +371,14 @@ def server():
     server.stop()
 
 
+@pytest.fixture
+def closed_server():
+    """For what ends with a server that nobody asks any more."""
+    server = Server()
+    yield server
+    server.stop()
+
+
 def fetched(urls, hosts, **options):
     options = {"concurrency": 8, "max_bytes": 100_000, "timeout_s": 2.0, "attempts": 2, **options}
 
@@ -384,7 +392,7 @@ def fetched(urls, hosts, **options):
     return asyncio.run(all_of_them())
 
 
-def test_every_way_a_server_answers_is_a_row_with_its_reason(corpus, server):
+def test_every_way_a_server_answers_is_a_row_with_its_reason(corpus, server, closed_server):
     expected = {
         "good": "ok",
         "there": "ok",
@@ -408,13 +416,15 @@ def test_every_way_a_server_answers_is_a_row_with_its_reason(corpus, server):
     }
     asins = {f"B{number:09d}": path for number, path in enumerate(expected)}
     urls = {asin: [f"http://{server.host}/{path}"] for asin, path in asins.items()}
-    settings = {"hosts": [server.host], "attempts": 2, "max_bytes": 100_000, "shard_size": 7, "timeout_s": 10}
+    urls["B000000018"] = [f"http://{closed_server.host}/always-busy"]
+    hosts = [server.host, closed_server.host]
+    settings = {"hosts": hosts, "attempts": 2, "max_bytes": 100_000, "shard_size": 7, "timeout_s": 10}
     rows = corpus(urls, max_transient=0.2, **settings)
     assert {asins[asin]: row["status"] for asin, row in rows.items()} == expected
     assert rows["B000000000"]["image"] == JPEG
     assert rows["B000000000"]["url"].endswith("/good")
     assert server.times["busy"][1] - server.times["busy"][0] >= 1, "Retry-After was not honoured"
-    assert server.hits["always-busy"] == 1
+    assert closed_server.hits["always-busy"] == 1
     assert server.hits["down"] == server.hits["cut"] == 2
     for path in ("nothing", "gone", "private", "html", "dot", "huge"):
         assert server.hits[path] == 1, path
@@ -572,16 +582,16 @@ LOOPBACK = {"attempts": 2, "max_bytes": 1 << 20, "timeout_s": 0.6, "max_transien
 
 
 def test_every_fault_of_a_server_has_its_status_and_holds_its_deadline(corpus):
-    with serving({**FILES, "dot.png": TABLE["one pixel"][0]}) as server:
+    with serving({**FILES, "dot.png": TABLE["one pixel"][0]}) as server, serving({}) as closed:
         asins = {f"B{number:09d}": path for number, path in enumerate(FAULTS)}
-        urls = {asin: [server.url(path)] for asin, path in asins.items()}
+        urls = {asin: [(closed if "3600" in path else server).url(path)] for asin, path in asins.items()}
         started = time.monotonic()
-        rows = corpus(urls, hosts=[server.place], shard_size=64, **LOOPBACK)
+        rows = corpus(urls, hosts=[server.place, closed.place], shard_size=64, **LOOPBACK)
         assert time.monotonic() - started < 15  # it takes 3; some of the answers never end
         assert {asins[asin]: row["status"] for asin, row in rows.items()} == FAULTS
         assert all((row["image"] is None) == (row["status"] != "ok") for row in rows.values())
         assert server.sent["endless"] < 8 << 20, "the body was read on after the limit"
-        assert server.hits["404"] == server.hits["403"] == server.hits["429?retry_after=3600"] == 1
+        assert server.hits["404"] == server.hits["403"] == closed.hits["429?retry_after=3600"] == 1
         assert server.hits["429"] == server.hits["500"] == 2
         assert all(server.hits[path] == 2 for path in FAULTS if path.startswith("cut") and "=no" not in path)
         assert server.hits["cut-reset/5.jpg?at=900&length=no"] == 2
@@ -631,9 +641,10 @@ def test_orders_of_arrival_and_passing_faults_change_no_byte(corpus, monkeypatch
     assert len(seen) == 1
 
 
+CLOSED = "429?retry_after=3600"  # of another server: it is asked once
 SAME_STATUS = {  # status -> faults that end in it
     "transient": [
-        *("500", "503", "429", "429?retry_after=3600", "never", "reset", "reset?rst=yes"),
+        *("500", "503", "429", CLOSED, "never", "reset", "reset?rst=yes"),
         *("cut-reset/0.jpg?at=900", "cut-reset/0.jpg?at=500&length=no", "cut/0.jpg?at=900&length=chunked"),
     ],
     "truncated": [f"cut/0.jpg?at={at}{length}" for at in (700, 900) for length in ("", "&length=no")],
@@ -647,7 +658,7 @@ SAME_STATUS = {  # status -> faults that end in it
 
 def test_a_row_of_a_failed_picture_tells_its_status_and_not_the_fault(corpus, monkeypatch, tmp_path):
     seen = set()
-    with serving({**FILES, "huge.jpg": bytes(1 << 21)}) as server:
+    with serving({**FILES, "huge.jpg": bytes(1 << 21)}) as server, serving({}) as closed:
         for seed in range(3):
             rng = random.Random(seed)
             urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
@@ -655,11 +666,14 @@ def test_a_row_of_a_failed_picture_tells_its_status_and_not_the_fault(corpus, mo
             for number in range(2 * len(SAME_STATUS)):
                 status = sorted(SAME_STATUS)[number // 2]
                 urls[f"C{number:09d}"], expected[f"C{number:09d}"] = [server.url(f"f{number}")], status
-                server.script[f"f{number}"] = [rng.choice(SAME_STATUS[status]) for _ in range(20)]
+                chosen = [rng.choice(SAME_STATUS[status]) for _ in range(20)]
+                there = f"to?url={closed.url(CLOSED)}"
+                server.script[f"f{number}"] = [there if fault == CLOSED else fault for fault in chosen]
             server.script["round"] = ["to?url=/round"] * 20
             server.delays = {name: rng.random() / 10 for name in FILES}
             monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / f"store-{seed}"))
-            rows = corpus(urls, hosts=[server.place], shard_size=8, **{**LOOPBACK, "timeout_s": 1.0})
+            hosts = [server.place, closed.place]
+            rows = corpus(urls, hosts=hosts, shard_size=8, **{**LOOPBACK, "timeout_s": 1.0})
             assert {asin: row["status"] for asin, row in rows.items()} == expected
             seen.add(tuple(shard_bytes().items()))
     assert len(seen) == 1
@@ -787,6 +801,29 @@ def test_after_a_retry_after_no_request_of_any_picture_begins_too_early():
     started = time.monotonic()
     asyncio.run(begin())
     assert time.monotonic() - started >= 0.2
+
+
+def test_a_server_that_asks_for_an_hour_is_asked_once_and_another_one_is_not_kept_waiting():
+    with serving(FILES) as server, serving({}) as closed:
+        urls = [closed.url(f"429/{number}?retry_after=3600") for number in range(9)]
+        urls[4:4] = [server.url("0.jpg"), server.url(f"to?url={closed.url('x')}")]
+        answers = fetched(urls, [server.place, closed.place], concurrency=1, attempts=5)
+        told = "the server asked for 3600 s"
+        assert [answer.error for answer in answers] == ["HTTP 429", *[told] * 3, None, *[told] * 6]
+        assert {answer.status for answer in answers if answer.error} == {"transient"}
+        assert closed.hits.total() == 1
+
+
+def test_who_waits_for_a_turn_when_a_server_closes_gets_none():
+    async def begin():
+        turns = fetch.Turns(per_s=20)
+        await turns.take("a:443")
+        waiting = asyncio.create_task(turns.take("a:443"))
+        await asyncio.sleep(0)
+        turns.hold(61, "a:443")
+        return [await waiting, await turns.take("a:443"), await turns.take("b:443")]
+
+    assert asyncio.run(begin()) == [61, 61, None]
 
 
 def test_amazon_scales_where_a_size_is_asked_for(corpus):
