@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
-from pipeline import params, pictures, schema, shards
+from pipeline import params, pictures, provenance, schema, shards
 from pipeline.amazon import sized
 from pipeline.reading import store
 
@@ -134,9 +134,10 @@ def _content(found: bytes | pictures.Verdict) -> str:
 
 def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str, Any]]]:
     network = functools.cache(lambda: _network(settings))
+    place = functools.partial(_place, hosts=settings.hosts, max_bytes=settings.max_bytes)
 
     def process(rows: shards.Rows) -> Iterator[dict[str, Any]]:
-        kept = {row["asin"]: _kept(row["url"]) for row in rows if row["url"] and row["local"] is None}
+        kept = {row["asin"]: _kept(place(row["url"])) for row in rows if row["url"] and row["local"] is None}
         urls = {row["asin"]: row["url"] for row in rows if kept.get(row["asin"], b"") is None}
         fetched = iter(network()(urls.values()) if urls else ())
         made = []
@@ -164,9 +165,13 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
             reasons = ", ".join(f"{count} {reason}" for reason, count in for_now.most_common())
             ends = f"{made[0]['asin']} to {made[-1]['asin']}"
             sys.stderr.write(f"images {ends}: failed for now: {reasons}\n")
-            _keep(made, [row["url"] for row in rows])
+            for row in made:
+                if row["image"] is not None and A_URL.match(row["url"]):
+                    _keep(place(row["url"]), row["image"])
         else:
-            _forget(row["url"] for row in rows if kept.get(row["asin"]) is not None)
+            for row in rows:
+                if kept.get(row["asin"]) is not None:
+                    place(row["url"]).unlink(missing_ok=True)
 
     return process
 
@@ -174,32 +179,23 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[dict[str
 # Pictures of shards that are not finished: the next try asks only for what failed for now
 
 
-def _place(url: str) -> Path:
-    digest = hashlib.sha256(url.encode()).hexdigest()
+def _place(url: str, *, hosts: Iterable[str], max_bytes: int) -> Path:
+    """By all that decides whether the picture may be had, as a shard's fingerprint is."""
+    digest = provenance.digest([url, sorted(hosts), max_bytes])
     return KEPT / digest[:2] / digest
 
 
-def _kept(url: str) -> bytes | None:
+def _kept(place: Path) -> bytes | None:
     try:
-        return _place(url).read_bytes() or None
+        return place.read_bytes() or None
     except FileNotFoundError:  # also when a neighbour with the same address has just forgotten it
         return None
 
 
-def _keep(made: list[dict[str, Any]], urls: list[str | None]) -> None:
-    for row, url in zip(made, urls, strict=True):
-        if url and A_URL.match(url) and row["image"] is not None and not _place(url).is_file():
-            _keep_one(url, row["image"])
-
-
-def _forget(urls: Iterable[str]) -> None:
-    for url in urls:
-        _place(url).unlink(missing_ok=True)
-
-
-def _keep_one(url: str, data: bytes) -> None:
-    with shards.atomically(_place(url)) as temporary:
-        temporary.write_bytes(data)
+def _keep(place: Path, data: bytes) -> None:
+    if not place.is_file():
+        with shards.atomically(place) as temporary:
+            temporary.write_bytes(data)
 
 
 def _network(settings: Settings) -> "Callable[[Iterable[str]], Iterator[Fetched]]":
@@ -289,11 +285,13 @@ def forget_failed(corpus: str, statuses: Collection[str]) -> None:
     The next run makes them anew; the good pictures in them are kept for it and not asked for again.
     """
     folder = shards.ShardFolder(Path("data") / corpus / "images")
+    made = folder.manifest["made_with"]["settings"]
     failed = [shard for shard in folder.shards if set(statuses) & shard["status"].keys()]
     for shard in failed:
         for row in pq.read_table(folder.path / shard["name"], columns=["url", "image"]).to_pylist():
             if row["image"] is not None and A_URL.match(row["url"]):
-                _keep_one(row["url"], row["image"])
+                place = _place(row["url"], hosts=made["hosts"], max_bytes=made["max_bytes"])
+                _keep(place, row["image"])
         for file in store().glob(f"images/??/{shard['fingerprint']}.*"):
             file.unlink()
     count = sum(shard["status"].get(status, 0) for shard in failed for status in statuses)

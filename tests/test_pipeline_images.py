@@ -725,6 +725,22 @@ def test_only_what_failed_for_now_is_asked_for_again(corpus):
     assert not [path for path in Path(".cache/pictures").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [({"max_bytes": 1000}, "too_large"), ({"hosts": ["example.com"]}, "forbidden_host")],
+)
+def test_a_picture_kept_from_before_is_none_where_the_settings_do_not_allow_it_any_more(
+    corpus, changed, status
+):
+    with serving(FILES) as server:
+        urls = {"B000000001": [server.url("0.jpg")], "B000000002": [server.url("500/1.jpg?n=1")]}
+        settings = {"hosts": [server.place], "attempts": 1}
+        with pytest.raises(ValueError, match="1 of 2 rows failed for now"):
+            corpus(urls, **settings)
+        rows = corpus(urls, **{**settings, **changed})
+        assert {row["status"] for row in rows.values()} == {status}
+
+
 def test_failed_rows_of_a_finished_stage_are_retried_by_command(corpus, monkeypatch, tmp_path):
     with serving(FILES) as server:
         urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
