@@ -62,12 +62,14 @@ def broken_lock() -> Iterator[Problem]:
 
 def pointers() -> Iterator[Problem]:
     """Files that stand in for the data they name: Git LFS pointers, pages of a login."""
-    local = [
-        Path(entry["path"])
-        for config in Path("config").glob("*/source.json")
-        for entry in _files(json.loads(config.read_text()))
-        if entry.get("path")
-    ]
+    local = []
+    for config in sorted(Path("config").glob("*/source.json")):
+        try:
+            settings = json.loads(config.read_text())
+        except ValueError as error:
+            yield Problem(f"{config} is not JSON ({error})", "`dvc repro config` writes it anew")
+            continue
+        local += [Path(entry["path"]) for entry in _files(settings) if entry.get("path")]
     inside = [path for folder in local if folder.is_dir() for path in folder.iterdir()]
     for path in sorted({*Path("data").glob("*/source/**/*"), *local, *inside}):
         if not path.is_file() or path.parent.name == "images":
@@ -97,25 +99,39 @@ def missing_objects() -> Iterator[Problem]:
     """What dvc.lock promises and DVC's cache lacks. Where there is no cache, nothing was made here yet."""
     if not Path("dvc.lock").is_file() or not Path(".dvc").is_dir():
         return
+    from dvc.exceptions import DvcException
+
+    try:
+        cache, outs = _promised()
+    except DvcException as error:  # which names the file
+        yield Problem(
+            f"dvc cannot read this workspace: {error}",
+            "mend the file: a typo, or a merge conflict, of which one side has to be taken",
+        )
+        return
+    for stage, path, digest in outs:
+        lost = _lost(cache, digest)
+        if not lost:
+            continue
+        if path.exists():
+            remedy = f"`dvc commit {stage}` puts it there again if {path} is what was made"
+        else:
+            remedy = f"`dvc fetch {stage}` where there is a remote, else `dvc repro {stage}`"
+        yield Problem(f"DVC's cache lacks {lost[0]} of {path}, and {len(lost) - 1} more", remedy)
+
+
+def _promised() -> tuple[Path, list[tuple[str, Path, str]]]:
+    """DVC's cache, and (stage, output, digest) of all that should be in it: nothing where there is none."""
     from dvc.repo import Repo
 
     with Repo() as repo:
         cache = Path(repo.cache.local.path)
-        if not cache.is_dir():
-            return
         outs = [(stage.addressing, out) for stage in repo.index.stages for out in stage.outs]
-        for stage, out in outs:
-            if not out.use_cache or not out.hash_info or not out.hash_info.value:
-                continue
-            lost = _lost(cache, out.hash_info.value)
-            if not lost:
-                continue
-            path = Path(out.fs_path).relative_to(Path.cwd())
-            if path.exists():
-                remedy = f"`dvc commit {stage}` puts it there again if {path} is what was made"
-            else:
-                remedy = f"`dvc fetch {stage}` where there is a remote, else `dvc repro {stage}`"
-            yield Problem(f"DVC's cache lacks {lost[0]} of {path}, and {len(lost) - 1} more", remedy)
+        return cache, [
+            (stage, Path(out.fs_path).relative_to(Path.cwd()), out.hash_info.value)
+            for stage, out in outs
+            if out.use_cache and out.hash_info and out.hash_info.value and cache.is_dir()
+        ]
 
 
 def _lost(cache: Path, digest: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,33 @@ def test_what_breaks_a_dvc_workspace_is_named_and_the_lock_is_cleared(
     assert told()[0].endswith("`dvc fetch toy` where there is a remote, else `dvc repro toy`")
     shutil.rmtree(".dvc/cache")
     assert not told(), "where nothing was made yet nothing is missing"
+
+
+CONFLICT = "<<<<<<< HEAD\n{0}=======\n{0}>>>>>>> theirs\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "named"),
+    [
+        ("dvc.lock", CONFLICT.format, "dvc cannot read this workspace: unable to read: 'dvc.lock'"),
+        ("params.yaml", "x: [1\n{}".format, "dvc cannot read this workspace: unable to read: 'params.yaml'"),
+        ("config/mine/source.json", CONFLICT.format, "config/mine/source.json is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_and_the_other_checks_go_on(
+    made: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[str], str], named: str
+) -> None:
+    monkeypatch.chdir(made.folder)
+    monkeypatch.setattr(doctor, "wheels", lambda: [])
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text() if path.exists() else '{"kind": "sample"}'
+    path.write_text(damage(before))
+    Path("data/mine/ocr").mkdir(parents=True)
+    told = [problem.what for problem in doctor.examine()]
+    assert len(told) == 2
+    assert told[0].startswith(named)
+    assert told[1] == "data/mine/ocr is not complete"
 
 
 def test_wheels_that_do_not_fit_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
