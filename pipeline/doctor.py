@@ -22,10 +22,10 @@ from typing import Any
 
 from pipeline.disk import RESERVE_BYTES
 from pipeline.download import check_is_data
+from pipeline.locks import LOCKS
 
 RWLOCK = Path(".dvc", "tmp", "rwlock")
 DVC_LOCK = RWLOCK.with_name("lock")
-STAGE_LOCKS = Path(".cache/locks")
 SHARDED = ("images", "ocr", "regions")
 PAIR = """
 import torch, torchvision
@@ -159,7 +159,7 @@ def wheels() -> Iterator[Problem]:
 
 def remains() -> Iterator[Problem]:
     """Temporary files that a killed run left; not while a stage is running."""
-    if any(map(_is_held, (*STAGE_LOCKS.glob("*.lock"), DVC_LOCK))) or _dvc_runs_a_stage():
+    if any(map(_is_held, (*LOCKS.glob("*.lock"), DVC_LOCK))) or _dvc_runs_a_stage():
         return
     for folder in Path("data").glob("*/.source.partial"):
         yield Problem(
@@ -189,7 +189,7 @@ def incomplete_stages() -> Iterator[Problem]:
     for stage in SHARDED:
         for folder in sorted(Path("data").glob(f"*/{stage}")):
             if not (folder / "manifest.json").is_file() and not _is_held(
-                STAGE_LOCKS / f"{folder.parent.name}.{stage}.lock"
+                LOCKS / f"{folder.parent.name}.{stage}.lock"
             ):
                 yield Problem(
                     f"{folder} is not complete", f"`dvc repro {stage}@{folder.parent.name}` goes on with it"

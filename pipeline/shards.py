@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from pipeline import cluster, params, schema, workers
 from pipeline.disk import atomically, is_intact, sha256_of, start_sync, sync_folder, write_json
+from pipeline.locks import LOCKS, holder, sole_writer
 from pipeline.progress import bar as progress_bar
 from pipeline.provenance import code_digest, code_files, digest
 from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
@@ -48,12 +48,11 @@ __all__ = [
     "code_files",
     "run",
     "sha256_of",
+    "sole_writer",
     "write_json",
 ]
 
 EXECUTORS: dict[str, workers.Executor] = {"local": workers.local, "dask": cluster.dask}
-LOCKS = Path(".cache/locks")
-LOCK_WAIT_S = 10.0  # an orphan of a killed run needs a moment to stop
 KILLS_WORKER = "kills_worker"  # status of a row with which worker after worker died
 LAYOUT = 2  # of a stored shard; part of every fingerprint
 
@@ -212,33 +211,6 @@ class _OpenWorker:
             return task.stored.write(made, measured, self.schema, self.transient)
 
         return handle
-
-
-@contextlib.contextmanager
-def sole_writer(stage: str, corpus: str) -> Iterator[None]:
-    """Hold the lock of one stage of one corpus; `ValueError` names the process that holds it already.
-
-    The kernel drops the lock with its process, so a killed run never blocks the next one.
-    """
-    LOCKS.mkdir(parents=True, exist_ok=True)
-    path = LOCKS / f"{corpus}.{stage}.lock"
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout:
-        raise ValueError(f"{stage} of {corpus} is being written by {_holder(path)}") from None
-    holder = path.with_suffix(".holder")
-    try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(lock: Path) -> str:
-    holder = lock.with_suffix(".holder")
-    return holder.read_text().strip() if holder.is_file() else "another process"
 
 
 def run(job: Job) -> Path:
@@ -435,7 +407,7 @@ def status() -> list[str]:
             with FileLock(path, timeout=0, fallback_to_soft=False):
                 pass
         except Timeout:
-            lines.append(f"{path.stem}: being written by {_holder(path)}")
+            lines.append(f"{path.stem}: being written by {holder(path)}")
     return lines or ["nothing is there yet"]
 
 

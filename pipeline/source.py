@@ -26,6 +26,7 @@ from pipeline import mepave, params, progress, sample
 from pipeline.disk import check_room, sha256_of, sync_folder
 from pipeline.download import CHUNK_BYTES, Download, check_is_data, is_loopback
 from pipeline.editing import edited, read
+from pipeline.locks import sole_writer
 
 PARAMS = Path("params.yaml")
 FORM = (
@@ -130,7 +131,15 @@ def load(corpus: str) -> params.Settings:
 
 
 def bring(settings: params.Settings, corpus: str, folder: Path) -> None:
-    """Make `folder` hold the corpus's files and nothing else; it is there only when all of them are."""
+    """Make `folder` hold the corpus's files and nothing else; it is there only when all of them are.
+
+    Raises `ValueError` also where another process is at it.
+    """
+    with sole_writer("source", corpus):
+        _bring(settings, corpus, folder)
+
+
+def _bring(settings: params.Settings, corpus: str, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,15 +1,18 @@
 """Workspaces that are broken in the ways that happen, and what the doctor says and does."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import Workspace, new_workspace
+from misbehaving import serving
 
-from pipeline import doctor
+from pipeline import doctor, source
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 744855753\n"
 
@@ -164,6 +167,18 @@ def test_a_stage_that_is_running_is_left_alone(here: Path) -> None:
     with FileLock(here / ".cache/locks/mine.images.lock"):
         assert not [*doctor.remains(), *doctor.incomplete_stages()]
     assert len([*doctor.remains(), *doctor.incomplete_stages()]) == 2
+
+
+def test_what_a_download_by_hand_is_writing_is_left_alone(here: Path) -> None:
+    with serving({"labels": b"{}"}) as server, ThreadPoolExecutor() as pool:
+        server.delays["labels"] = 0.5
+        labels = {"url": server.url("labels"), "sha256": hashlib.sha256(b"{}").hexdigest()}
+        settings = source.Mave.model_validate({"kind": "mave", "labels": [labels]})
+        brought = pool.submit(source.bring, settings, "mine", Path("data/mine/source"))
+        while not (here / "data/mine/.source.partial").exists():
+            assert not brought.done()
+        assert not [*doctor.remains()]
+        brought.result()
 
 
 def test_what_a_stage_that_dvc_runs_is_writing_is_left_alone(here: Path) -> None:

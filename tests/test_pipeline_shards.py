@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import images, params, provenance, schema, shards
+from pipeline import images, locks, params, provenance, schema, shards
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = pa.schema([("asin", pa.string()), ("status", pa.string()), ("square", pa.int64())])
@@ -890,7 +890,7 @@ def test_a_second_writer_is_refused_with_the_holder_named_and_a_dead_one_never_b
     )
     holder = start([sys.executable, "-c", hold])
     wait_for(Path(".cache/locks/toy.squares.holder").exists, "holder")
-    monkeypatch.setattr(shards, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.2)
     with pytest.raises(ValueError, match=f"squares of toy is being written by process {holder.pid} on "):
         shards.run(job())
     with pytest.raises(ValueError, match="is being written by"):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from misbehaving import serving
 from pydantic import ValidationError
 
-from pipeline import params, source
+from pipeline import locks, params, source
 
 LINE = b'{"id": "B000000001"}\n'
 PIN = hashlib.sha256(LINE).hexdigest()
@@ -180,6 +180,23 @@ def test_a_file_that_cannot_be_had_says_where_to_ask_and_where_to_put_it(here: P
     assert "ask for Amazon's metadata with the form" in told
     assert "put the file at raw/mine/403 by hand and name it in params.yaml: corpora.mine.metadata.0" in told
     assert not Path("data/mine/source").exists()
+
+
+def test_who_brings_a_corpus_second_is_told_who_is_at_it_and_leaves_what_that_one_writes(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.1)
+    half = here / "data/mine/.source.partial/labels/00-labels.jsonl"
+    half.parent.mkdir(parents=True)
+    half.write_text("half")
+    labels = {"path": "own/labels.jsonl", "sha256": PIN}
+    with (
+        locks.sole_writer("source", "mine"),
+        pytest.raises(ValueError, match=f"source of mine is being written by process {os.getpid()} on "),
+    ):
+        bring(mave(labels))
+    assert half.read_text() == "half"
+    assert tree(bring(mave(labels))) == {"labels/00-labels.jsonl": LINE}
 
 
 # Pins
