@@ -9,6 +9,7 @@ with one thread each (`dask worker ADDRESS --nthreads 1`), and have a GPU where 
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import uuid
@@ -45,6 +46,14 @@ def _work(key: str, open_worker: Callable[[], Handle], task: Any) -> tuple[int, 
         raise ValueError(message(error)) from None
 
 
+def num_workers(address: str) -> int:
+    """Of that scheduler, now; 1 where none has come yet."""
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        return max(1, len(client.nthreads()))
+
+
 def dask(
     open_worker: Callable[[], Handle],
     tasks: Sequence[Any],
@@ -53,9 +62,9 @@ def dask(
     threads: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Any], None, None]:
-    """As `workers.local`, but progress comes task by task."""
+    """As `workers.local`, but progress is by task; another scheduler gets `workers` of them at once."""
     import dask as library
-    from distributed import Client, KilledWorker, LocalCluster, as_completed
+    from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 
     if not tasks:
         return
@@ -79,11 +88,18 @@ def dask(
             address = stack.enter_context(cluster)
         client = stack.enter_context(Client(address, set_as_default=False))
         key = uuid.uuid4().hex
-        futures = {
-            client.submit(_work, key, open_worker, task, key=f"{key}-{index}", pure=False): index
-            for index, task in enumerate(tasks)
-        }
-        for future in as_completed(futures, loop=client.loop):
+        futures: dict[Future, int] = {}
+
+        def submitted(index: int) -> Future:
+            name = f"{key}-{index}"
+            future = client.submit(_work, key, open_worker, tasks[index], key=name, pure=False)
+            futures[future] = index
+            return future
+
+        waiting = iter(range(len(tasks)))
+        done = as_completed(map(submitted, itertools.islice(waiting, workers)), loop=client.loop)
+        for future in done:
+            done.update(map(submitted, itertools.islice(waiting, 1)))
             index, error = futures[future], future.exception()
             if error is None:
                 rows, result = future.result()

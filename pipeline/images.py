@@ -257,10 +257,10 @@ def share(settings: Settings, num_workers: int) -> Settings:
 
 
 def job(corpus: str, settings: Settings) -> shards.Job:
-    at_most = None
+    at_once = None
     if settings.hosts:  # else nothing is asked for
-        at_most = settings.concurrency
-        settings = share(settings, shards.executor(threads=1, at_most=at_most)[1])
+        at_once = shards.executor(threads=1, at_once=settings.concurrency)[1]
+        settings = share(settings, at_once)
     rows = inputs(wanted(Path("data") / corpus / "products.parquet"), settings)
     return shards.Job(
         stage="images",
@@ -273,7 +273,7 @@ def job(corpus: str, settings: Settings) -> shards.Job:
         make_worker=make_worker,
         libraries=("pillow",),
         threads=1,
-        max_workers=at_most,
+        at_once=at_once,
         transient=TRANSIENT,
         max_transient=settings.max_transient,
     )

@@ -88,6 +88,7 @@ class Job:
     precision: str = "float32"  # what the settings come to on this machine
     threads: int = 2
     max_workers: int | None = None  # unless $SMARTAVE_WORKERS asks for more; None: what keeps all cores busy
+    at_once: int | None = None  # tasks, on other machines too; None: as many as there are workers
     measures: Callable[[Counter[str]], dict[str, Any]] = dict
     transient: frozenset[str] = frozenset()
     max_transient: float = 0.0
@@ -276,7 +277,7 @@ def _made(
 def _executed(
     job: Job, name: str, tasks: Mapping[int, _Task], progress: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    execute, num_workers = executor(job.threads, job.max_workers)
+    execute, num_workers = executor(job.threads, job.max_workers, job.at_once)
     indices = list(tasks)
     open_worker = _OpenWorker(job.settings, job.make_worker, job.schema, job.transient, job.lost)
     results = execute(
@@ -296,13 +297,23 @@ def _named(name: str, index: int, task: _Task) -> str:
     return f"{name}: shard {index:05d} ({first} to {last})"
 
 
-def executor(threads: int, at_most: int | None = None) -> tuple[workers.Executor, int]:
-    """What runs tasks of so many threads, and how many at a time; `ValueError` for a wrong environment."""
+def executor(
+    threads: int, at_most: int | None = None, at_once: int | None = None
+) -> tuple[workers.Executor, int]:
+    """What runs tasks of so many threads, and how many at a time; `ValueError` for a wrong environment.
+
+    `at_most` is for this machine. `at_once` holds for the workers of another scheduler too; without it all of
+    them work, also those that come later.
+    """
     name = os.environ.get("SMARTAVE_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise ValueError(f"SMARTAVE_EXECUTOR must be one of {', '.join(EXECUTORS)}, got {name!r}")
-    enough = max(1, (os.cpu_count() or 1) // threads)
-    count = os.environ.get("SMARTAVE_WORKERS") or str(min(enough, at_most or enough))
+    if name == "dask" and (address := os.environ.get("SMARTAVE_DASK")):
+        enough = cluster.num_workers(address) if at_once else sys.maxsize
+    else:
+        enough = max(1, (os.cpu_count() or 1) // threads)
+        enough = min(enough, at_most or enough)
+    count = os.environ.get("SMARTAVE_WORKERS") or str(min(enough, at_once or enough))
     if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"SMARTAVE_WORKERS must be a whole number of at least 1, got {count!r}")
     return EXECUTORS[name], int(count)

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -804,6 +805,32 @@ def test_no_more_requests_than_allowed_are_under_way_however_many_cores_there_ar
         server.delays = dict.fromkeys(FILES, 0.2)
         urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(FILES)}
         corpus(urls, hosts=[server.place], shard_size=2, concurrency=2)
+        assert server.most_at_once <= 2
+
+
+def test_workers_of_another_scheduler_share_the_limits_and_who_is_too_many_gets_nothing(corpus, monkeypatch):
+    from distributed import LocalCluster
+
+    monkeypatch.delenv("SMARTAVE_WORKERS", raising=False)
+    names = list(FILES)[:12]
+    with (
+        serving(FILES) as server,
+        LocalCluster(
+            n_workers=3,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp://",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+    ):
+        monkeypatch.setenv("SMARTAVE_EXECUTOR", "dask")
+        monkeypatch.setenv("SMARTAVE_DASK", cluster.scheduler_address)
+        assert [shards.executor(1, 1, at_once)[1] for at_once in (9, 2, None)] == [3, 2, sys.maxsize]
+        server.delays = dict.fromkeys(names, 0.1)
+        urls = {f"B{number:09d}": [server.url(name)] for number, name in enumerate(names)}
+        rows = corpus(urls, hosts=[server.place], shard_size=3, concurrency=2)
+        assert {row["status"] for row in rows.values()} == {"ok"}
         assert server.most_at_once <= 2
 
 
