@@ -53,8 +53,11 @@ class Settings(params.Settings):
     @model_validator(mode="before")
     @classmethod
     def _mepave_has_its_own_split(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("kind") == "mepave" and "split" not in given:
-            return {**given, "split": {"by": "given"}}
+        if not isinstance(given, dict) or given.get("kind") != "mepave":
+            return given
+        split = given.get("split", {})
+        if isinstance(split, dict) and split.keys() <= {"seed"}:  # which the negatives are drawn by as well
+            return {**given, "split": {**split, "by": "given"}}
         return given
 
 

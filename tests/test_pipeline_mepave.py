@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SHARED_DATA
@@ -164,6 +165,20 @@ def test_products_that_splits_share_and_what_table_4_needs_are_counted(tmp_path:
     assert counted["sentences of a training product"] == {"validation": 0, "test": 2}
     assert counted["vocabulary"] == {"characters": 9, "with special words": 13, "paper": 2772}
     assert "no category" in counted["by category"]
+
+
+@pytest.mark.parametrize(
+    ("split", "by"),
+    [
+        ({"seed": 1}, "given"),
+        ({}, "given"),
+        ({"by": "product", "seed": 1}, "product"),
+        ({"folds": 5}, "product"),
+    ],
+)
+def test_a_seed_alone_is_no_split_of_ones_own(split: dict[str, Any], by: str) -> None:
+    found = products.Settings.model_validate({"kind": "mepave", "split": split}).split
+    assert found == Split.model_validate({**split, "by": by})
 
 
 def test_a_split_of_ones_own_keeps_the_sentences_of_a_product_together(tmp_path: Path) -> None:
