@@ -111,8 +111,9 @@ def wanted(settings: params.Settings) -> Iterator[Wanted]:
     """The files that a corpus is made from, in order."""
     if isinstance(settings, Mave):
         for kind, files in (("labels", settings.labels), ("metadata", settings.metadata)):
+            width = max(2, len(str(len(files) - 1)))  # so that names sort as the files are named
             for number, file in enumerate(files):
-                yield Wanted(f"{kind}/{number:02d}-{file.name}", file, (kind, number))
+                yield Wanted(f"{kind}/{number:0{width}d}-{file.name}", file, (kind, number))
         for root, file in settings.roots.items():
             yield Wanted(f"roots/{root}{''.join(Path(file.name).suffixes[-2:])}", file, ("roots", root))
     elif isinstance(settings, Mepave):

@@ -144,6 +144,13 @@ def test_a_file_name_is_harmless_whatever_the_address_says() -> None:
     assert names == ["meta_X.json.gz", "etc", "file", "file", "a_b"]
 
 
+@pytest.mark.parametrize(("number", "last"), [(12, "11-a"), (100, "99-a"), (101, "100-a")])
+def test_names_sort_in_the_order_of_the_files_however_many_there_are(number: int, last: str) -> None:
+    targets = [one.target for one in source.wanted(mave(*[{"path": "own/a"}] * number))]
+    assert targets == sorted(targets)
+    assert targets[-1] == f"labels/{last}"
+
+
 def test_the_sample_is_generated_by_the_stage(here: Path) -> None:
     Path("config/sample").mkdir(parents=True)
     Path("config/sample/source.json").write_text('{"kind": "sample", "products": 12, "min_test_values": 0}')
