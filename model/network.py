@@ -15,6 +15,7 @@ from model import ragged
 from model.decoder import CopyDecoder, Memory, View, beam_search, log_copied, mixture, precise
 from model.encoder import Encoder
 from model.examples import Extraction
+from model.grounding import grounded
 from model.packed import pack, packed_encoder
 from model.processor import FIRST_SLOT, IGNORED, KINDS, NUM_SLOTS, Encoded, Processor
 from model.recorded import FILL, HYPER, WIDE, Recordings
@@ -302,8 +303,11 @@ class Network(PreTrainedModel):
         names = ("hyper_slot", "hyper_kind", "hyper_mask", "input_ids", "segment", "position", "regions")
         attributes, text = self.encode(copy_mask=copy_mask, **{name: batch[name] for name in names})
         memory = self.remember(attributes, text, copy_mask, batch["hyper_mask"])
+        step = self.next_token(memory, input_ids, self.config.beam_width)
+        if processor.grounded:
+            step = grounded(step, [processor.ground(one) for one in examples], self.config.beam_width)
         tokens, scores = beam_search(
-            self.next_token(memory, input_ids, self.config.beam_width),
+            step,
             batch_size=len(examples),
             width=self.config.beam_width,
             max_length=self.config.max_output_length,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.examples import Extraction, Question, Source
+from model.grounding import Ground, Trie, trie
 from model.pretrained import word_pieces
 from model.tagging import O, encode_tags
 
@@ -103,7 +104,9 @@ class Processor:
             the attribute's name then takes nothing from the product's text.
         region_width: width of a region's feature.
         without: kinds of paragraphs (title, description, feature, other) that the model does not see.
+        grounded: whether an output may only hold values that stand in a text of the product, or are `known`.
         spelling: values as training wrote them, by what `joined` makes of their word pieces.
+        known: the values of each attribute in training.
     """
 
     FILE = "processor_config.json"
@@ -119,9 +122,13 @@ class Processor:
         region_width: int,
         joint: bool = False,
         without: Sequence[str] = (),
+        grounded: bool = False,
         spelling: Mapping[str, str] | None = None,
+        known: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.without, self.spelling = list(without), dict(spelling or {})
+        self.without, self.grounded = list(without), grounded
+        self.spelling, self.known = dict(spelling or {}), dict(known or {})
+        self._tries: dict[str, Trie] = {}
         self.tokenizer = tokenizer
         self.image, self.ocr, self.joint = image, ocr, joint
         self.max_length, self.max_output_length = max_length, max_output_length
@@ -140,7 +147,7 @@ class Processor:
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         names = ("image", "ocr", "joint", "max_length", "max_output_length", "region_width", "without")
-        settings = {name: getattr(self, name) for name in (*names, "spelling")}
+        settings = {name: getattr(self, name) for name in (*names, "grounded", "spelling", "known")}
         text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
         (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -152,14 +159,32 @@ class Processor:
     def _ids(self, text: str) -> list[int]:
         return [piece for piece, _, _ in self._pieces(text)]
 
-    def learn_spelling(self, questions: Iterable[Question]) -> None:
-        """How values are mostly written: word pieces tell neither accents nor all blanks."""
+    def learn(self, questions: Iterable[Question]) -> None:
+        """Which values there are, and how they are mostly written: pieces tell neither accents nor blanks."""
         written: dict[str, Counter[str]] = {}
+        known: dict[str, set[str]] = {}
         for question in questions:
             for value in question.values:
                 written.setdefault(self.joined(self._ids(value)), Counter())[value] += 1
+                known.setdefault(question.attribute, set()).add(value)
         often = {joined: min(seen, key=lambda v: (-seen[v], v)) for joined, seen in written.items()}
         self.spelling = {joined: value for joined, value in often.items() if value != joined}
+        if self.grounded:
+            self.known = {attribute: sorted(values) for attribute, values in sorted(known.items())}
+
+    def ground(self, example: Encoded) -> Ground:
+        attribute = example.question.attribute
+        if attribute not in self._tries:
+            values = (self._ids(value)[: self.max_output_length] for value in self.known.get(attribute, ()))
+            self._tries[attribute] = trie(value for value in values if value)
+        texts = [
+            [piece for piece, _ in pieces]
+            for segment in example.segments[1:]
+            for _, pieces in groupby(
+                zip(segment.ids, segment.places, strict=True), key=lambda one: (one[1].kind, one[1].index)
+            )
+        ]
+        return Ground(texts, self._tries[attribute], end=self.end, separator=self.separator)
 
     def _segments(self, question: Question) -> list[Segment]:
         product = question.product

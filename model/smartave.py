@@ -42,6 +42,7 @@ class Settings(params.Settings):
     beam_width: int = Field(5, ge=1)
     alpha: float = Field(0.6, ge=0)
     joint: bool = False  # all attributes of a product in one pass; the paper asks one by one
+    grounded: bool = False  # say only what stands in a text, or what training knows of the attribute
     packed: bool = True  # false: the encoder in reference form, the same numbers slower
     compile: bool = False  # layers by torch.compile, half a minute, up to three times; recorded on a GPU
     without_texts: tuple[TextKind, ...] = ()  # Figure 3: kinds of paragraphs the model does not see
@@ -73,9 +74,10 @@ class Model(Network):
             region_width=region_width,
             joint=settings.joint,
             without=settings.without_texts,
+            grounded=settings.grounded,
         )
-        processor.learn_spelling(questions)
-        seen = {"image", "ocr", "without_texts", "compile"}
+        processor.learn(questions)
+        seen = {"image", "ocr", "without_texts", "grounded", "compile"}
         names = set(Settings.model_fields) - seen - {"pretrained", "pretrained_layers", "tokenizer"}
         config = Config(
             vocab_size=len(tokenizer),

@@ -168,7 +168,7 @@ def test_a_generated_value_has_no_place_and_repeats_are_dropped(tokenizer):
 def test_a_generated_value_is_written_as_training_mostly_wrote_it(tokenizer, tmp_path):
     written = ["100% Cotton", "100% cotton", "100% Cotton", "café", "men’s", "6 - 12 months", "red"]
     learnt = make(tokenizer)
-    learnt.learn_spelling(ask([], values=[value]) for value in written)
+    learnt.learn(ask([], values=[value]) for value in written)
     learnt.save_pretrained(tmp_path)
     for processor in (learnt, Processor.from_pretrained(tmp_path)):
         encoded = processor.encode(ask([("A mug", "title")]))

@@ -267,6 +267,27 @@ def test_every_beam_scores_what_the_model_gives_its_tokens_all_at_once(joint):
 
 
 @pytest.mark.parametrize("joint", [False, True])
+def test_a_grounded_model_says_what_stands_in_a_text_or_is_known_of_the_attribute(tmp_path, joint):
+    asked = dozen()
+    model, processor = train(TINY | {"grounded": True, "joint": joint}, asked, 0)  # it knows nothing yet
+    processor.save_pretrained(tmp_path)
+    processor = Processor.from_pretrained(tmp_path)
+    model.vocabulary_bias.data[processor.end] = -9.0  # nor does it keep silent
+    examples = [processor.encode(question) for question in asked]
+    said = model.extract(examples, processor)
+    assert any(said)
+    for question, extractions in zip(asked, said, strict=True):
+        product = question.product
+        texts = [*(text for text, _ in product.paragraphs), *(line.text for line in product.ocr)]
+        known = {v for other in asked if other.attribute == question.attribute for v in other.values}
+        for one in extractions:
+            assert one.value in known or any(one.value.lower() in text.lower() for text in texts)
+    free = train(TINY | {"joint": joint}, asked, 0)[1]
+    assert not free.known
+    assert model.extract(examples, free) != said
+
+
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_values_are_found_in_any_precision(joint, dtype):
     model, processor = train(TINY | {"joint": joint, "tokenizer": "characters"}, dozen()[:4], 60)
