@@ -18,6 +18,7 @@ NONE = -1
 BLOCK_BYTES = 32 << 10
 COPIED_BYTES = 1 << 18
 UNCOUNTED = Tally()
+NOTHING = (None, msgspec.Raw(b"null"))
 
 
 class Fields(TypedDict, total=False):
@@ -161,7 +162,7 @@ class Labels:
             self._next.append(NONE)
             self._file.append(file)
             self._place.append(place)
-            self._full.append("paragraphs" in row)
+            self._full.append(row.get("paragraphs") not in NOTHING)
             self._lines.add(line)
 
     def _usable(self, row: Fields, where: str, tally: Tally) -> bool:

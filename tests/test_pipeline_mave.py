@@ -108,6 +108,18 @@ def test_a_line_with_paragraphs_needs_no_metadata(tmp_path: Path) -> None:
     assert rows == [{name: full[name] for name in ("id", "category", "paragraphs", "attributes")}]
 
 
+@pytest.mark.parametrize("blank", ["", " " * 5000], ids=["as fields", "as a whole"])
+def test_a_line_whose_paragraphs_are_null_needs_metadata(tmp_path: Path, blank: str) -> None:
+    row = {**label("B000000001"), "paragraphs": None, "note": blank}
+    (row_out,), tally = joined(
+        tmp_path,
+        [write(tmp_path / "m.jsonl", product("B000000001", "One"))],
+        [write(tmp_path / "l.jsonl", row)],
+    )
+    assert row_out["paragraphs"] == [{"text": "One", "source": "title"}]
+    assert tally.counts == {"lines written": 1}
+
+
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_plain_gzipped_and_twice_gzipped_files_are_read_alike(
     tmp_path: Path, layers: int, unzipping: str
