@@ -10,6 +10,8 @@ stand in one file because only it knows how the store is laid out; reading is in
     python -m pipeline.shards status     what is finished, per stage and corpus, and who is writing
     python -m pipeline.shards verify     compare every shard with its sha256
     python -m pipeline.shards gc         remove what no finished stage uses
+
+A store belongs to one clone: gc removes all shards that the stages of this clone do not use.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections import Counter
@@ -55,6 +58,10 @@ __all__ = [
 EXECUTORS: dict[str, workers.Executor] = {"local": workers.local, "dask": cluster.dask}
 KILLS_WORKER = "kills_worker"  # status of a row with which worker after worker died
 LAYOUT = 2  # of a stored shard; part of every fingerprint
+STORED = re.compile(  # below the store; what has another name was not written here
+    r"\w+/([0-9a-f]{2})/\1[0-9a-f]{62}\.(parquet|json|unfinished)|mapped/[0-9a-f]{64}\.arrow"
+    r"|(\w+/[0-9a-f]{2}|mapped)/\..+\.tmp"
+)
 
 Made = dict[str, Any] | Counter[str]  # a row of the output, or counts of what was measured
 MakeWorker = Callable[[Any], Callable[[Rows], Iterable[Made]]]
@@ -383,9 +390,15 @@ def _folders() -> list[Path]:
     return sorted(path.parent for path in Path("data").glob("*/*/manifest.json"))
 
 
+def _stored_files() -> list[Path]:
+    found = [path for pattern in ("*/??/*", "mapped/*") for path in store().glob(pattern) if path.is_file()]
+    return sorted(path for path in found if STORED.fullmatch(path.relative_to(store()).as_posix()))
+
+
 def _records() -> Iterator[tuple[_Stored, dict[str, Any]]]:
-    for path in sorted(store().glob("*/??/*.json")):
-        yield _Stored(path.parent.parent.name, path.stem), _record(path)
+    for path in _stored_files():
+        if path.suffix == ".json":
+            yield _Stored(path.parent.parent.name, path.stem), _record(path)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -440,6 +453,7 @@ def verify() -> list[str]:
 def gc() -> list[str]:
     """Remove every stored file that no data/*/*/manifest.json names; refuses while a stage is writing.
 
+    Files of others in the folder stay; those of another clone's stages look like ours and go.
     The finished shards of an interrupted run are named by none yet and go too.
     """
     with contextlib.ExitStack() as held:
@@ -450,7 +464,7 @@ def gc() -> list[str]:
         for folder in _folders():
             for shard in json.loads((folder / "manifest.json").read_text())["shards"]:
                 kept |= {shard["fingerprint"], shard["sha256"]}
-        files = [path for path in store().rglob("*") if path.is_file() and path.stem not in kept]
+        files = [path for path in _stored_files() if path.stem not in kept]
         total = sum(path.stat().st_size for path in files)
         for path in files:
             path.unlink()

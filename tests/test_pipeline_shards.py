@@ -667,6 +667,22 @@ def test_status_verify_and_gc_tell_and_keep_what_is_used():
     assert "is corrupt (the next run makes it again)" in told.stdout
 
 
+def test_gc_leaves_the_files_of_others_where_the_store_is_a_folder_with_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMARTAVE_STORE", str(tmp_path / "shared"))
+    shards.run(job())
+    shutil.rmtree("data")
+    name = "ab" + 62 * "0"
+    theirs = ["thesis.tex", "photos/07/beach.json", f"photos/cd/{name}.json", f"a/b/ab/{name}.json", ".x.tmp"]
+    for path in (tmp_path / "shared" / name for name in theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert len(shards.status()) == 1
+    assert shards.verify() == []
+    assert shards.gc()[0].startswith("removed 6 files")
+    left = (path for path in Path("shared").rglob("*") if path.is_file())
+    assert {path.relative_to("shared").as_posix() for path in left} == set(theirs)
+
+
 # Killed runs and two runs: the real images stage on real files
 
 
