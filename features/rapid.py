@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rapidocr import RapidOCR
+from rapidocr.utils.process_img import ResizeImgError
 
 from features.recogniser import Found
 
@@ -49,7 +50,10 @@ class Rapid:
         return [self._read(rgb) for rgb, _ in pictures]
 
     def _read(self, rgb: np.ndarray) -> list[Found]:
-        read: Any = self.engine(np.ascontiguousarray(rgb[..., ::-1]))
+        try:
+            read: Any = self.engine(np.ascontiguousarray(rgb[..., ::-1]))
+        except ResizeImgError:  # so long and thin that nothing of its short side is left on the canvas
+            return []
         if read.boxes is None or read.txts is None or read.scores is None:
             return []
         return [

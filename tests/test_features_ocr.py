@@ -356,6 +356,13 @@ def test_rapidocr_reads_english_and_chinese_with_the_models_of_its_package(label
     assert {path.suffix for path in files.values()} == {".onnx"}
 
 
+def test_rapidocr_reads_nothing_on_a_picture_too_thin_for_its_canvas(label):
+    rapid = ocr.open_work(ocr.Settings(engine="rapidocr", canvas_px=400))
+    thin, plain = rows_of(rapid, [row(encoded(Image.new("RGB", (900, 16), "white"))), row(encoded(label[0]))])
+    assert (thin["status"], thin["lines"]) == ("no_text", [])
+    assert len(plain["lines"]) == 3
+
+
 # Lines
 
 
