@@ -53,6 +53,11 @@ def test_every_score_stands_beside_the_floors():
     assert "not evaluated" not in text
 
 
+def test_the_probe_is_not_told_where_no_value_is_visible():
+    scores = SCORES | {"probe": {"visible": score(0.0, count=0)}}
+    assert "linear probe" not in card.card("tiny", PROVENANCE, scores)
+
+
 def test_the_hub_reads_language_licence_and_scores():
     data = ModelCard(card.card("tiny", PROVENANCE, SCORES)).data
     assert (data.language, data.license, data.library_name) == ("en", "apache-2.0", "transformers")
