@@ -2,7 +2,7 @@
 
     python -m model.report
 
-Reads config/run.json, what the cells left under metrics/, runs/ and data/, and, for the paper's tables and
+Reads config/, what the cells left under metrics/, runs/ and data/, and, for the paper's tables and
 figures, every result that is kept in docs/results/; writes reports/index.html with its pictures,
 reports/index.md with the tables, and the figures as files under reports/figures/.
 """
