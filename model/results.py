@@ -22,18 +22,28 @@ ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
 PLACES = frozenset({"path", "url", "mirrors", "base"})
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
+# Of `images`: how they are asked for, which changes none. Digests have it as it was when the first was kept.
+ASKED_FOR = {
+    "concurrency": 16,
+    "requests_per_s": None,
+    "timeout_s": 30.0,
+    "attempts": 5,
+    "max_transient": 0.01,
+}
 
 
 def settings_digest(corpus: str, model: str) -> str:
     """Of the resolved settings that the numbers of a cell depend on.
 
     Not of code, which `commit` tells, nor of devices (`cost`), which round otherwise and may read text in
-    another precision, nor of where a pinned file lies.
+    another precision, nor of where a pinned file lies or how pictures are asked for.
     """
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+    images = stages.get("images", {})
+    images |= {name: value for name, value in ASKED_FOR.items() if name in images}
     return digest(deciding([cell, stages]))[:16]
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Workspace
 from ruamel.yaml import YAML
 
-from model import config
+from model import config, results
 from pipeline.provenance import code_files
 
 GRAPH = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -120,6 +120,18 @@ def test_other_sources_to_drop_rerun_products_and_not_the_source(real_graph: Any
         "config",
         "source@sample",
     }
+
+
+@pytest.mark.parametrize("stage", results.STAGES)
+def test_a_kept_result_is_made_again_when_a_setting_in_its_digest_changes(
+    real_graph: Any, stage: str
+) -> None:
+    [corpus] = PARAMS["run"]["corpora"]
+    wanted = {cell for cell in cells(*PARAMS["run"]["models"]) if cell.startswith("evaluate@")}
+    evaluated = {one for one in real_graph if one.addressing in wanted}
+    assert len(evaluated) == len(wanted)
+    for one in evaluated:
+        assert f"config/{corpus}/{stage}.json" in {dep.def_path for dep in one.deps}
 
 
 def test_a_corpus_that_does_not_run_reruns_the_report_alone(real_graph: Any) -> None:

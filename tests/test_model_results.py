@@ -7,7 +7,7 @@ import pytest
 
 from model import paper, results
 from model.results import keep, settings_digest
-from pipeline import schema
+from pipeline import images, schema
 
 SCORE = {"precision": 0.51234, "recall": 0.5, "f1": 0.50609, "count": 40}
 
@@ -90,9 +90,11 @@ def test_the_settings_digest_follows_settings_and_not_code(project):
         ("source", [{"path": "a", "sha256": None}], [{"path": "b", "sha256": None}], False),
         ("images", {"base": "a", "base_sha256": "1"}, {"base": "b", "base_sha256": "1"}, True),
         ("images", {"base": "a", "base_sha256": None}, {"base": "b", "base_sha256": None}, False),
+        ("images", {"max_transient": 0.01, "attempts": 5}, {"max_transient": 0.2, "attempts": 9}, True),
+        ("images", {"requests_per_s": None, "min_px": 1}, {"requests_per_s": 9, "min_px": 2}, False),
     ],
 )
-def test_devices_and_places_of_pinned_files_are_not_what_numbers_depend_on(
+def test_devices_places_of_pinned_files_and_ways_to_ask_are_not_what_numbers_depend_on(
     stage, one, other, is_same, project
 ):
     digests = []
@@ -100,6 +102,10 @@ def test_devices_and_places_of_pinned_files_are_not_what_numbers_depend_on(
         (project / "config" / "mine" / f"{stage}.json").write_text(json.dumps(settings))
         digests.append(settings_digest("mine", "pam"))
     assert (digests[0] == digests[1]) == is_same
+
+
+def test_the_ways_to_ask_are_the_settings_of_images_that_change_no_byte():
+    assert results.ASKED_FOR.keys() == images.UNSEEN
 
 
 def test_a_result_of_other_settings_is_not_current(project):
