@@ -25,6 +25,7 @@ from pipeline import params, schema
 
 REPORTS = Path("reports")
 PRODUCTS_SHOWN = 12
+OUTDATED = "Not shown, as they were evaluated with other settings or products (`dvc repro` does it anew): {}."
 Keys = tuple[str, ...]  # keys into a metrics file
 
 
@@ -193,21 +194,37 @@ def figures(corpus: str, cells: dict[str, dict[int, dict[str, Any] | None]]) -> 
     return [*drawn[:1], curves, *drawn[1:]] if curves else drawn
 
 
+def read(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def is_of_today(corpus: str, model: str, seed: int, scores: dict[str, Any]) -> bool:
+    """Whether a cell was evaluated with today's settings on the products that are there, by their numbers."""
+    kept = read(results.RESULTS / corpus / model / f"{seed}.json")
+    if kept and not results.is_current(kept):
+        return False
+    sizes, products = scores["made_with"].get("sizes", {}), read(Path("metrics", corpus, "products.json"))
+    there = products["splits"] if products else sizes
+    return all(there[split][name] == count for split in sizes for name, count in sizes[split].items())
+
+
 def section(corpus: str, models: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """All that the report says about one corpus."""
     cells: dict[str, dict[int, dict[str, Any] | None]] = {}
+    outdated = []
     for model in models:
-        paths = {seed: Path("metrics", corpus, model, f"{seed}.json") for seed in seeds}
-        cells[model] = {
-            seed: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            for seed, path in paths.items()
-        }
+        cells[model] = {seed: read(Path("metrics", corpus, model, f"{seed}.json")) for seed in seeds}
+        for seed, scores in cells[model].items():
+            if scores and not is_of_today(corpus, model, seed, scores):
+                cells[model][seed] = None
+                outdated.append(f"{model} {seed}")
     done = [(model, seed) for model, ran in cells.items() for seed, scores in ran.items() if scores]
     files = [scores for ran in cells.values() for scores in ran.values() if scores]
     return {
         "corpus": corpus,
         "scores": score_table(cells),
-        "cautions": cautions(files),
+        "cautions": cautions(files) + [OUTDATED.format(", ".join(outdated))] * bool(outdated),
         "engines": files[0]["made_with"]["engines"] | files[0]["made_with"]["weights"] if files else {},
         "figures": figures(corpus, cells),
         "data": data_tables(corpus) if Path("data", corpus, "products.parquet").is_file() else [],

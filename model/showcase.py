@@ -111,6 +111,8 @@ def shown(corpus: str, model: str, seed: int, *, number: int, reports: Path) -> 
         texts |= {row["item"]: row for row in batch.to_pylist() if row["item"] in wanted}
     showcase = []
     for kind, item in chosen:
+        if item not in texts:  # the products were made anew since
+            continue
         rows, text = products[item], texts[item]
         name = Path("images", f"{corpus}-{item}.jpg")
         missing = picture(rows[0]["asin"], folders, reports / name)

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -167,6 +168,44 @@ def test_a_report_before_anything_ran_says_so(corpus):
         path.unlink()
     report.run()
     assert "| smartave | not run |" in (corpus / "reports" / "index.md").read_text()
+
+
+def test_a_cell_of_other_settings_or_products_than_today_s_is_left_out_and_named(corpus):
+    path = corpus / "metrics/mine/smartave/0.json"
+    scores, splits = (
+        json.loads(path.read_text()),
+        {"test": {"products": 15, "questions": 45, "positives": 30}},
+    )
+    evaluate.write_json({"splits": splits, "tables": {}}, corpus / "metrics/mine/products.json")
+    scores["made_with"]["sizes"] = splits
+    evaluate.write_json(scores, path)
+    (corpus / "config/mine/models").mkdir(parents=True)
+    (corpus / "config/mine/models/smartave.json").write_text("{}")
+    kept = {"corpus": "mine", "model": "smartave"}
+    kept["settings"] = results.settings_digest("mine", "smartave")
+    evaluate.write_json(kept, corpus / "docs/results/mine/smartave/0.json")
+    named = report.OUTDATED.format("smartave 0")
+    both, only_one = "2", "1 (not run: 0)"
+
+    def told():
+        one = report.section("mine", ["smartave"], [0, 1])
+        return one["scores"].rows[1][1], one["cautions"][-1] == named, one["shown_by"]
+
+    assert told() == (both, False, "smartave, seed 0")
+    evaluate.write_json(kept | {"settings": "of another day"}, corpus / "docs/results/mine/smartave/0.json")
+    assert told() == (only_one, True, "smartave, seed 1")
+    evaluate.write_json(kept, corpus / "docs/results/mine/smartave/0.json")
+    scores["made_with"]["sizes"] = {"test": splits["test"] | {"questions": 44}}
+    evaluate.write_json(scores, path)
+    assert told() == (only_one, True, "smartave, seed 1")
+
+
+def test_products_that_are_no_more_are_not_shown(corpus):
+    path = corpus / "data/mine/products.parquet"
+    rows = pq.read_table(path).to_pylist()
+    schema.write_parquet(rows[:4], schema.PRODUCTS, path)
+    shown = showcase.shown("mine", "smartave", 0, number=12, reports=corpus / "reports")
+    assert {one["item"] for one in shown} == {row["item"] for row in rows[:4]}
 
 
 def test_a_report_without_configuration_is_an_error(tmp_path, monkeypatch):
