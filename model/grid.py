@@ -10,6 +10,7 @@ that was stopped goes on where it stopped. How long it will take is told first, 
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,12 +50,12 @@ def seconds(
     known: Sequence[Mapping[str, Any]],
     questions: int | None,
 ) -> float | None:
-    """What a training will take: as this model took here, else by examples as it or its architecture took
-    anywhere; None when nothing like it was ever timed."""
+    """What a training will take: as this model took here with today's settings, else by examples as it or its
+    architecture took anywhere; None when nothing like it was ever timed."""
     timed = [one for one in known if "training_s" in one["cost"]]
     here = [one for one in timed if (one["corpus"], one["model"]) == (corpus, cell.model)]
-    if here:
-        return sum(float(one["cost"]["training_s"]) for one in here) / len(here)
+    if today := [float(one["cost"]["training_s"]) for one in here if results.is_current(one)]:
+        return statistics.fmean(today)
     of = architecture(files, corpus, cell.model)
     alike = [one for one in timed if one["model"] == cell.model]
     alike = alike or [one for one in timed if architecture(files, one["corpus"], one["model"]) == of]
@@ -98,7 +99,9 @@ def name_in_params(corpus: str, cells: Sequence[Cell], path: Path = config.PARAM
 
 
 def run(corpus: str, models: Sequence[str], seeds: Sequence[int], only_estimate: bool) -> None:
-    """Raises `ValueError` for a corpus or model that params.yaml does not declare, or when DVC fails."""
+    """Raises `ValueError` for a corpus or model that params.yaml does not declare, for a number that is no
+    seed, or when DVC fails."""
+    models, seeds = list(dict.fromkeys(models)), list(dict.fromkeys(seeds))
     declared = config.read(config.PARAMS)
     files = config.resolve(declared)
     if corpus not in declared["corpora"]:
@@ -106,6 +109,9 @@ def run(corpus: str, models: Sequence[str], seeds: Sequence[int], only_estimate:
     for model in models:
         if model not in declared["models"]:
             raise ValueError(f"model must be one of {', '.join(declared['models'])}, got {model!r}")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in 0..{2**32 - 1}, got {seed}")
     config.write(files, params.CONFIG)
     cells, same = missing(corpus, models, seeds)
     for model, other in same.items():

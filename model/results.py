@@ -6,7 +6,7 @@ says which settings (`settings`, a digest) at which commit gave its numbers.
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def is_declared(corpus: str) -> bool:
     return (params.CONFIG / corpus).is_dir()
 
 
-def is_current(one: dict[str, Any]) -> bool:
+def is_current(one: Mapping[str, Any]) -> bool:
     """Whether a kept result has the settings that params.yaml gives its cell today."""
     path = params.CONFIG / one["corpus"] / "models" / f"{one['model']}.json"
     return path.is_file() and one["settings"] == settings_digest(one["corpus"], one["model"])

@@ -78,6 +78,29 @@ def test_time_is_estimated_from_trainings_of_the_same_kind(files, tmp_path):
     )
 
 
+def test_a_training_with_other_settings_counts_by_its_examples(files, tmp_path):
+    result("sample", "aveqa", 0, training_s=50.0, examples=100)
+    result("sample", "aveqa", 1, training_s=70.0, examples=100)
+    at = ("sample", files, results.cells(), 30)
+    assert grid.seconds(Cell("aveqa", 2), *at) == 60
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("epochs: 10}", "epochs: 1}"))
+    changed = config.resolve(config.read(config.PARAMS))
+    config.write(changed, tmp_path / "config")
+    assert grid.seconds(Cell("aveqa", 2), "sample", changed, results.cells(), 30) == pytest.approx(21)
+
+
+def test_what_is_named_twice_runs_once(files, capsys):
+    grid.run("sample", ["pam", "pam", "aveqa"], [0, 1, 0], True)
+    assert "4 cells to train on sample" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_number_that_is_no_seed_is_an_error_before_anything_is_written(files, tmp_path, seed):
+    with pytest.raises(ValueError, match=rf"seed must be in 0\.\.4294967295, got {seed}"):
+        grid.run("sample", ["pam"], [0, seed], False)
+    assert (tmp_path / "params.yaml").read_text() == PARAMS
+
+
 def test_the_cells_are_named_in_params_and_comments_stay(files, tmp_path):
     grid.name_in_params("other", [Cell("pam", 1), Cell("aveqa", 0), Cell("pam", 0)])
     text = (tmp_path / "params.yaml").read_text()
