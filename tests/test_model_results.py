@@ -220,6 +220,36 @@ def test_whichever_of_two_alike_ran_both_have_its_numbers(project):
     assert [paper.of(found, "mine", name) for name in ("smartave", "pam", "other")] == [[0.7]] * 3
 
 
+def test_floors_and_counts_of_machines_that_read_otherwise_are_told_as_they_are(project):
+    for model, seed, floor, read in (("pam", 0, 0.1, 38), ("smartave", 0, 0.2, 36), ("pam", 1, 0.4, 38)):
+        scores = whole()
+        floors = scores["floor"] | {"f1": floor}
+        scores |= {"in_ocr": {"read": SCORE | {"count": read}}, "floor": floors}
+        keep("mine", model, seed, scores, SIZES)
+    found = paper.gather(results.cells(), {})
+    assert paper.floor_of(found, "mine", "micro", 2) == "27.50"  # 0.15 of seed 0, 0.4 of seed 1
+    assert paper.breakdown(found, "mine").head[1:] == [
+        "text (40)",
+        "visible (40)",
+        "read by our OCR (36–38)",
+    ]
+
+
+def test_a_size_that_differs_between_corpora_is_told_of_each(project):
+    sizes = {"mine": 12_300_000, "mave": 12_300_000, "mepave": 9_000_000}
+    for corpus, total in sizes.items():
+        path = project / "config" / corpus / "models" / "smartave-encoder-2.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        keep(corpus, "smartave-encoder-2", 0, whole(), SIZES | {"parameters": total})
+    found = paper.gather(results.cells(), {})
+    assert paper.layers_table(found, list(sizes)[:2]).rows[1][1] == "12.3M (1.0M)"
+    assert paper.layers_table(found, list(sizes)).rows[1][1] == (
+        "12.3M (1.0M) on mine, mave; 9.0M (1.0M) on mepave"
+    )
+    assert paper.layers_table(found, list(sizes)).rows[2][1] == "–"
+
+
 def predictions(project, model, seed, values, origin="text", floor="blue"):
     rows = [
         {"item": f"B{i}", "asin": f"B{i}", "attribute": "Color", "gold": ["red"], "in_ocr": [False],
