@@ -132,7 +132,8 @@ class Checker:
         whole = {}
         for name, entry in corpora.items():
             base = entry.get("base")
-            if base is not None and (base not in corpora or base == name or "base" in corpora[base]):
+            known = isinstance(base, str) and base in corpora
+            if base is not None and (not known or base == name or "base" in corpora[base]):
                 self.complain(
                     ("corpora", name, "base"), f"must name a corpus that has no base itself, got {base!r}"
                 )

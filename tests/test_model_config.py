@@ -204,6 +204,10 @@ def test_a_corpus_speaks_of_one_model_and_its_variants_before_their_own_entries(
             {"corpora__mine": {"base": "none"}},
             "corpora.mine.base must name a corpus that has no base itself, got 'none'",
         ),
+        (
+            {"corpora__mine": {"base": ["sample"]}},
+            "corpora.mine.base must name a corpus that has no base itself, got ['sample']",
+        ),
         ({"corpora__sample__models": {"none": {}}}, "corpora.sample.models names 'none', which is no model"),
         (
             {"corpora__sample__models": {"pam": {"base": "smartave"}}},
