@@ -107,7 +107,8 @@ def smartave(stages: list[str] | None = None) -> None:
 
 def metrics_table(path: Path) -> str:
     """The numbers of a metrics file as a Markdown table, nested names joined by dots."""
-    rows = [f"| {name} | {value:g} |" for name, value in _numbers(json.loads(path.read_text()), "")]
+    found = _numbers(json.loads(path.read_text()), "")
+    rows = [f"| {name} | {value:{'d' if isinstance(value, int) else 'g'}} |" for name, value in found]
     return "\n".join([f"**{path}**", "", "| metric | value |", "|---|---:|", *rows])
 
 

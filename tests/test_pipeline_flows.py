@@ -57,6 +57,12 @@ def graph(folder: Path) -> Workspace:
     return made
 
 
+def test_metrics_stand_in_their_table_with_all_digits_of_counts(tmp_path):
+    (tmp_path / "m.json").write_text('{"size": {"bytes": 2226509}, "f1": 0.873214, "ok": true, "note": "-"}')
+    rows = flows.metrics_table(tmp_path / "m.json").splitlines()[4:]
+    assert rows == ["| size.bytes | 2226509 |", "| f1 | 0.873214 |", "| ok | 1 |"]
+
+
 @dataclass
 class Served:
     """A workspace whose deployments a real Prefect server of its own serves."""
