@@ -91,14 +91,16 @@ def agreement(wanted: Sequence[Line], found: Sequence[Line]) -> Counter[str]:
 
 
 def shares(counts: Counter[str]) -> dict[str, float]:
-    """`agreement`'s counts with the two shares that they are for; empty where nothing was compared."""
+    """`agreement`'s counts with the two shares that they are for, each where there is something to share;
+    empty where nothing was compared."""
     if not counts["pictures"]:
         return {}
-    return {
-        **{name: counts[name] for name in sorted(counts)},
-        "share_of_lines_found": round(counts["lines_found"] / max(1, counts["lines"]), 6),
-        "share_of_characters_right": round(counts["characters_right"] / max(1, counts["characters"]), 6),
-    }
+    told: dict[str, float] = {name: counts[name] for name in sorted(counts)}
+    if counts["lines"]:
+        told["share_of_lines_found"] = round(counts["lines_found"] / counts["lines"], 6)
+    if counts["characters"]:
+        told["share_of_characters_right"] = round(counts["characters_right"] / counts["characters"], 6)
+    return told
 
 
 def iou(one: Line, other: Line) -> float:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from features import craft, ocr
 from features import rapid as rapid_engine
 from features.decode import batches
-from features.lines import Line, agreement, edits, lines_in_order, reading_order
+from features.lines import Line, agreement, edits, lines_in_order, reading_order, shares
 from pipeline import pictures, sample, schema, shards
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
@@ -397,6 +397,17 @@ def test_agreement_counts_lines_by_place_and_characters_by_edits():
     assert counts == {"pictures": 1, "lines": 3, "lines_found": 2, "characters": 11, "characters_right": 8}
     assert agreement(wanted, [*found, placed("SOAP", 100, 0)])["lines_found"] == 2  # one place, one line
     assert agreement([], found)["lines"] == 0
+    assert shares(counts) == {
+        **counts,
+        "share_of_lines_found": 0.666667,
+        "share_of_characters_right": 0.727273,
+    }
+
+
+def test_where_no_line_is_wanted_no_share_is_told():
+    told = shares(agreement([], [placed("SOAP", 0, 0)]))
+    assert told == {"pictures": 1, "lines": 0, "lines_found": 0, "characters": 0, "characters_right": 0}
+    assert shares(Counter()) == {}
 
 
 @pytest.mark.parametrize(
