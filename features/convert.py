@@ -10,6 +10,7 @@ import argparse
 import codecs
 import pickle
 import re
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -106,6 +107,7 @@ UNREADABLE = (
     AttributeError,
     MemoryError,
     OverflowError,
+    struct.error,
 )
 PLAIN_NUMBER = re.compile(r"[<>|=]?(?:f[248]|[iu][1248])")
 
@@ -142,7 +144,10 @@ def read_checkpoint(path: Path, form: str) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path}: {name} is no array of numbers")
         if isinstance(whole, np.ndarray):
             whole = whole.astype(np.float32)
-        tensors[str(name)] = torch.as_tensor(whole).float()
+        tensor = torch.as_tensor(whole)
+        if tensor.is_complex():
+            raise ValueError(f"{path}: {name} has complex numbers")
+        tensors[str(name)] = tensor.float()
     return tensors
 
 

@@ -307,6 +307,23 @@ def test_a_damaged_pickle_is_an_error_or_still_arrays(tmp_path):
     assert 0 < read < 500
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pth_that_ends_too_early_is_an_error_with_its_name(zipped, tmp_path):
+    path = tmp_path / "short.pth"
+    torch.save({"model": {"a": torch.zeros(100)}}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"short\.pth cannot be read as a checkpoint"):
+            convert.read_checkpoint(path, ".pth")
+
+
+def test_complex_numbers_are_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(2, dtype=torch.complex64)}}, tmp_path / "complex.pth")
+    with pytest.raises(ValueError, match=r"complex\.pth: a has complex numbers"):
+        convert.read_checkpoint(tmp_path / "complex.pth", ".pth")
+
+
 def test_a_pickle_may_not_look_up_codecs(tmp_path):
     path = tmp_path / "codec.pkl"
     path.write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.")
