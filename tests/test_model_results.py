@@ -81,6 +81,15 @@ def test_the_settings_digest_follows_settings_and_not_code(project):
     assert settings_digest("mine", "pam") not in (before, after)
 
 
+def test_a_setting_that_came_later_leaves_the_digest_of_those_that_had_none(project):
+    path = project / "config" / "mine" / "models" / "smartave.json"
+    digests = []
+    for settings in ({"ocr": True}, {"ocr": True, "grounded": False}, {"ocr": True, "grounded": True}):
+        path.write_text(json.dumps({"code": "1", "settings": settings}))
+        digests.append(settings_digest("mine", "smartave"))
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize(
     ("stage", "one", "other", "is_same"),
     [
