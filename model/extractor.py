@@ -79,7 +79,7 @@ class Reader:
         if not isinstance(asin, str):
             return Line(None, "no asin")
         if not self.pattern.fullmatch(asin):
-            return Line(_whole(asin), "id is not an asin")
+            return Line(clean.without_surrogates(asin), "id is not an asin")
         paragraphs = [pair for pair in clean.paragraphs(metadata) if pair[1] not in self.dropped]
         if not clean.has_title(paragraphs):
             return Line(asin, "no title")
@@ -90,13 +90,8 @@ class Reader:
         """The innermost of the line's categories that the model was trained on, else the innermost."""
         given = metadata.get("category")
         names = [metadata.get("main_cat"), *(given if isinstance(given, list) else [given])]
-        names = [_whole(name) for name in names if isinstance(name, str) and name]
+        names = [clean.without_surrogates(name) for name in names if isinstance(name, str) and name]
         return next((name for name in reversed(names) if name in self.categories), names[-1] if names else "")
-
-
-def _whole(text: str) -> str:
-    """Without halves of surrogate pairs, which no file takes."""
-    return text.encode("utf-8", "ignore").decode()
 
 
 def here(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from torch import Tensor
 COMPLETE = -1  # as a key of a trie: a value may end here
 BREAK = -2  # between two texts
 
-Trie = Mapping[int, "Trie"]
+Trie = Mapping[int, "Trie"]  # by the next token
 
 
 def trie(values: Iterable[Sequence[int]]) -> Trie:
+    """Of values as tokens, none of them empty."""
     root: dict[int, dict] = {}
     for value in values:
         node = root
@@ -33,7 +34,7 @@ def trie(values: Iterable[Sequence[int]]) -> Trie:
 class State:
     """Of an output that is not finished: how its last value may go on."""
 
-    places: tuple[int, ...]  # in the texts, of the tokens that would go on
+    places: Sequence[int]  # in the texts, of the tokens that would go on
     node: Trie | None
     is_begun: bool = False
     is_first: bool = True
@@ -49,12 +50,14 @@ class Ground:
     """
 
     def __init__(self, texts: Iterable[Sequence[int]], known: Trie, *, end: int, separator: int) -> None:
-        self.tokens = [token for text in texts for token in (*text, BREAK)]
         self.known, self.end, self.separator = known, end, separator
-        self.after_one: dict[int, tuple[int, ...]] = {}
+        parting = {end, separator}  # which a text holds where somebody wrote them
+        written = (token for text in texts for token in (*text, BREAK))
+        self.tokens = [BREAK if token in parting else token for token in written]
+        self.after_one: dict[int, list[int]] = {}
         for place, token in enumerate(self.tokens):
             if token != BREAK:
-                self.after_one[token] = (*self.after_one.get(token, ()), place + 1)
+                self.after_one.setdefault(token, []).append(place + 1)
         self.starts = sorted((self.after_one.keys() | known.keys()) - {COMPLETE})
 
     def begin(self) -> State:
@@ -63,10 +66,9 @@ class Ground:
     def after(self, state: State, token: int) -> State:
         if token == self.separator:
             return State((), self.known, is_first=False)
+        places: Sequence[int] = self.after_one.get(token, ())
         if state.is_begun:
-            places = tuple(place + 1 for place in state.places if self.tokens[place] == token)
-        else:
-            places = self.after_one.get(token, ())
+            places = [place + 1 for place in state.places if self.tokens[place] == token]
         node = None if state.node is None else state.node.get(token)
         return State(places, node, is_begun=True, is_first=state.is_first)
 
@@ -84,7 +86,13 @@ class Ground:
 def grounded(
     step: Callable[[Tensor, Tensor], Tensor], grounds: Sequence[Ground], width: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A step of `beam_search`, with -inf for each example's tokens that its ground does not allow."""
+    """A step of `beam_search` like `step`, with -inf for tokens that an example's ground does not allow.
+
+    Args:
+        step: (B, W) tokens and (B, W) parents to log-probabilities (B, W, V).
+        grounds: of the B examples.
+        width: W.
+    """
     states: list[State] = []
 
     def next_token(tokens: Tensor, parents: Tensor) -> Tensor:
@@ -100,9 +108,9 @@ def grounded(
         log_probs = step(tokens, parents)
         allowed = [grounds[row // width].allowed(state) for row, state in enumerate(states)]
         rows = [row for row, ids in enumerate(allowed) for _ in ids]
-        at = torch.tensor([rows, [token for ids in allowed for token in ids]], device=log_probs.device)
+        tokens_of = [token for ids in allowed for token in ids]
+        at = tuple(torch.tensor([rows, tokens_of], dtype=torch.long, device=log_probs.device))
         of_row = log_probs.flatten(0, 1)
-        kept = torch.full_like(of_row, -math.inf).index_put((at[0], at[1]), of_row[at[0], at[1]])
-        return kept.view_as(log_probs)
+        return torch.full_like(of_row, -math.inf).index_put(at, of_row[at]).view_as(log_probs)
 
     return next_token

@@ -173,6 +173,7 @@ class Processor:
             self.known = {attribute: sorted(values) for attribute, values in sorted(known.items())}
 
     def ground(self, example: Encoded) -> Ground:
+        """What the output of a question may hold; long values are cut as targets are."""
         attribute = example.question.attribute
         if attribute not in self._tries:
             values = (self._ids(value)[: self.max_output_length] for value in self.known.get(attribute, ()))

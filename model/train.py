@@ -348,9 +348,12 @@ def fit(
 
 def sighted(cell: Cell, training: Sequence[Question]) -> Cell:
     """The cell, or one that does not look at pictures, where training has none to learn from."""
-    looks = "image" in importlib.import_module(cell.architecture).Settings.model_fields
-    if not looks or any(question.product.regions is not None for question in training):
+    settings = importlib.import_module(cell.architecture).Settings.model_validate(cell.settings)
+    if not getattr(settings, "image", False) or any(
+        question.product.regions is not None for question in training
+    ):
         return cell
+    sys.stderr.write("no training product has a picture: the model will not look at any\n")
     return cell.model_copy(update={"settings": {**cell.settings, "image": False}})
 
 

@@ -272,6 +272,7 @@ def test_a_grounded_model_says_what_stands_in_a_text_or_is_known_of_the_attribut
     model, processor = train(TINY | {"grounded": True, "joint": joint}, asked, 0)  # it knows nothing yet
     processor.save_pretrained(tmp_path)
     processor = Processor.from_pretrained(tmp_path)
+    assert processor.known["Shape"] == ["flat", "round", "square", "tall"]
     model.vocabulary_bias.data[processor.end] = -9.0  # nor does it keep silent
     examples = [processor.encode(question) for question in asked]
     said = model.extract(examples, processor)

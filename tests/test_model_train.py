@@ -215,10 +215,13 @@ def test_rows_are_questions_or_with_joint_products():
     assert [len(row) for row in train.rows(questions, joint=True)] == [2, 1]
 
 
-def test_a_model_trained_without_pictures_does_not_look_at_the_first_one_that_comes(tmp_path):
+def test_a_model_trained_without_pictures_does_not_look_at_the_first_one_that_comes(tmp_path, capsys):
     texts = asked(24)
     blind = train.sighted(cell({"image": True}), texts)
     assert blind.settings == TINY | {"image": False}
+    assert capsys.readouterr().err == "no training product has a picture: the model will not look at any\n"
+    assert train.sighted(cell(), texts) == cell()
+    assert not capsys.readouterr().err  # it was not to look anyway
     model, processor, _, _ = train.fit(blind, texts, asked(6), 0, tmp_path)
     found = []
     for regions in (None, np.ones((3, 2048), np.float16)):
