@@ -9,7 +9,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 RESERVE_BYTES = 256 << 20
 
@@ -40,11 +40,10 @@ def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterat
         sync_folder(path.parent)
 
 
-def start_sync(path: Path) -> None:
-    """Let the bytes of `path` leave for the disk and wait for none, so that a later fsync is short."""
+def start_sync(file: BinaryIO) -> None:
+    """Let what was written to `file` leave for the disk, and wait for nothing: a later fsync is short."""
     if sys.platform == "linux":
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

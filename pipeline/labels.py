@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypedDict
 import msgspec
 
 from pipeline import lines
+from pipeline.disk import start_sync
 from pipeline.tally import Tally
 
 NONE = -1
@@ -62,13 +63,19 @@ class Spool:
         return self._block[begin - self._block_at : end - self._block_at]
 
     def copy(self, numbers: Iterable[int], to: BinaryIO, at_once: int = COPIED_BYTES) -> None:
-        """Write these values, in this order; neighbours together, `at_once` bytes and a value at most."""
+        """Write these values, in this order; neighbours together, `at_once` bytes and a value at most.
+
+        What is written leaves for the disk meanwhile.
+        """
         self._file.flush()
-        begin = end = 0
+        begin = end = waiting = 0
         for number in numbers:
             if self._end[number] != end or end - begin > at_once:
-                to.write(os.pread(self._file.fileno(), end - begin, begin))
+                waiting += to.write(os.pread(self._file.fileno(), end - begin, begin))
                 begin = self._end[number]
+                if waiting > 32 * at_once:
+                    start_sync(to)
+                    waiting = 0
             end = self._end[number + 1]
         to.write(os.pread(self._file.fileno(), end - begin, begin))
 

@@ -158,7 +158,8 @@ class _Stored:
         path = self.path if finished else self.unfinished
         with atomically(path, mode=0o444) as temporary:
             schema.write_parquet(rows, job_schema, temporary)
-            start_sync(temporary)  # while its digest is taken
+            with temporary.open("rb") as file:
+                start_sync(file)  # while its digest is taken
             record = {
                 "rows": len(rows),
                 "bytes": temporary.stat().st_size,

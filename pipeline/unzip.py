@@ -18,7 +18,7 @@ from typing import Any
 from isal import igzip, isal_zlib
 
 BLOCK_BYTES = 1 << 18  # of text, which is still in the cache when its lines are looked for
-NUM_SLOTS, SLOT_BYTES = 16, 1 << 20
+NUM_SLOTS, SLOT_BYTES = 32, 1 << 20
 LENGTH_BYTES = 4
 GZIP_MAGIC = b"\x1f\x8b"
 IS_DAMAGED = 65  # the exit status for bad input, as in sysexits.h
