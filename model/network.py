@@ -244,7 +244,7 @@ class Network(PreTrainedModel):
     ) -> dict[str, Tensor]:
         """The loss L = L_D + alpha L_Seq and its parts, means over valid tokens; see Processor.collate.
 
-        Of a batch that is computed in parts, `counts` is the mean of what `Model.counts` says of these.
+        Of a part of a batch, `counts` is what `Model.counts` says of the whole, so that the losses add up.
         """
         outputs, texts = self.counts({"targets": targets, "tag_mask": tag_mask}) if counts is None else counts
         # Before anything else: later it would wait for a GPU to encode.

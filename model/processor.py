@@ -61,6 +61,11 @@ class Encoded:
     tags: list[list[int]]  # of every segment but the attribute's
     targets: list[int]
 
+    @property
+    def num_tokens(self) -> int:
+        """Hyper-tokens and local-tokens."""
+        return sum(1 + len(segment.ids) for segment in self.segments) + len(self.regions)
+
 
 def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:
     """Cut the longest first until the sum is within `budget`: [2, 9, 5] in 10 gives [2, 4, 4].

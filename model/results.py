@@ -22,7 +22,9 @@ ATTRIBUTES_KEPT = 8  # then those with most values
 FOUR = ("precision", "recall", "f1", "count")
 PLACES = frozenset({"path", "url", "mirrors", "base"})
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
-LATER = {"grounded": False}  # settings that came after results were kept, as all of these had it
+# Settings of a cell that came after results were kept, and one that went, as all of these had them.
+LATER: dict[str, dict[str, Any]] = {"settings": {"grounded": False}, "train": {"tokens": 32768}}
+GONE: dict[str, dict[str, Any]] = {"settings": {}, "train": {"accumulate": 1}}
 # Of `images`: how they are asked for, which changes none. Digests have it as it was when the first was kept.
 ASKED_FOR = {
     "concurrency": 16,
@@ -41,9 +43,9 @@ def settings_digest(corpus: str, model: str) -> str:
     """
     cell = json.loads((params.CONFIG / corpus / "models" / f"{model}.json").read_text(encoding="utf-8"))
     cell.pop("code", None)
-    for name, value in LATER.items():
-        if cell.get("settings", {}).get(name) == value:
-            del cell["settings"][name]
+    for section in LATER.keys() & cell.keys():
+        known = {name: value for name, value in cell[section].items() if LATER[section].get(name) != value}
+        cell[section] = known | GONE[section]
     files = {name: params.CONFIG / corpus / f"{name}.json" for name in STAGES}
     stages = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
     images = stages.get("images", {})

@@ -6,7 +6,7 @@ A value of one token is B; of two or more, B (I...) E.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from model.crf import ScanCRF
 
@@ -46,15 +46,8 @@ def decode_tags(tags: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def batch_mean(total: Tensor, count: Tensor) -> Tensor:
-    """`total` over `count`, which is that of the whole batch where several processes share one.
-
-    Their gradients are averaged, so that each part is multiplied by their number.
-    """
-    if not (distributed.is_available() and distributed.is_initialized() and torch.is_grad_enabled()):
-        return total / count.masked_fill(count == 0, 1)
-    whole = count.clone()
-    distributed.all_reduce(whole)
-    return total * distributed.get_world_size() / whole.masked_fill(whole == 0, 1)
+    """`total` over `count`, and 0 of nothing."""
+    return total / count.masked_fill(count == 0, 1)
 
 
 def precise_linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class Settings(params.Settings):
     warmup_steps: int = Field(2000, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: int = Field(1, ge=1)  # parts that a batch is computed in; divides batch_size
+    tokens: int = Field(32768, ge=1)  # computed at once; a batch that has more is computed in parts
     evaluations: int = Field(5, ge=1)  # how often, evenly, the validation split is looked at
 
 
@@ -204,6 +205,24 @@ def rows(asked: Sequence[Question], *, joint: bool) -> list[list[Question]]:
     return [list(of_one) for _, of_one in groupby(asked, key=lambda question: id(question.product))]
 
 
+def parts(rows: Sequence[Sequence[Any]], tokens: float) -> list[list[Any]]:
+    """The encoded rows of a batch in their order, in runs of at most `tokens` tokens, each run as if padded.
+
+    A longer row is a part of its own.
+    """
+    found: list[list[Any]] = []
+    longest = 0
+    for row in rows:
+        size = max(example.num_tokens for example in row)
+        longest = max(longest, size)
+        if found and (len(found[-1]) + 1) * longest <= tokens:
+            found[-1].append(row)
+        else:
+            found.append([row])
+            longest = size
+    return found
+
+
 def characters(question: Question) -> int:
     """How long its product's texts are."""
     product = question.product
@@ -225,14 +244,24 @@ def fit(
     model, processor = architecture.Model.start(settings, training, width)
 
     class Rows(torch.utils.data.Dataset):
-        def __init__(self, asked: Sequence[Question]) -> None:
+        """Read batch by batch, a batch as its parts: of how many rows, and these collated."""
+
+        def __init__(self, asked: Sequence[Question], tokens: float) -> None:
             self.rows = rows(asked, joint=getattr(processor, "joint", False))
+            self.tokens = tokens
 
         def __len__(self) -> int:
             return len(self.rows)
 
-        def __getitem__(self, index: int) -> Any:
-            return [processor.encode(question) for question in self.rows[index]]
+        def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+            encoded = [[processor.encode(question) for question in self.rows[index]] for index in indices]
+            return [
+                (len(part), processor.collate([example for row in part for example in row]))
+                for part in parts(encoded, self.tokens)
+            ]
+
+    def collated(batch: Any) -> Any:
+        return batch
 
     class Order(torch.utils.data.Sampler):
         """`batch_order` of the epoch that the trainer has set."""
@@ -249,7 +278,7 @@ def fit(
         def __iter__(self) -> Iterator[int]:
             return iter(batch_order(self.lengths, cell.train.batch_size, seed, self.epoch))
 
-    dataset = Rows(training)
+    dataset = Rows(training, cell.train.tokens)
     steps = math.ceil(math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs)
     look = math.ceil(steps / cell.train.evaluations)
     if cell.train.warmup_steps >= steps:
@@ -268,17 +297,38 @@ def fit(
             if self.state.global_step < steps:  # else a finished training, resumed, would do one step more
                 super()._run_epoch(*args, **kwargs)
 
-        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            parts, items = super().get_batch_samples(*args, **kwargs)
-            if len(parts) > 1 and hasattr(model, "counts"):  # else the mean of a batch is that of its parts
-                counts = sum(model.counts(part) for part in parts) / len(parts)
-                parts = [{**part, "counts": counts} for part in parts]
-            return parts, items
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            divergence.watch(loss.item() * cell.train.accumulate, self.state.global_step + 1)
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = torch.zeros((), device=self.args.device)
+            for number, part in enumerate(self.shared(inputs), 1):
+                with nullcontext() if number == len(inputs) else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, part, *args, **kwargs)
+            divergence.watch(loss.item(), self.state.global_step + 1)
             return loss
+
+        def shared(self, batch: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+            """The parts, knowing what they are parts of: their losses add up to that of the batch."""
+            if hasattr(model, "counts") and (processes > 1 or len(batch) > 1):
+                counts = sum(model.counts(part).float() for _, part in batch)
+                whole = self.accelerator.reduce(counts, "mean")  # over processes, as their gradients are
+                for _, part in batch:
+                    part["counts"] = whole
+            elif len(batch) > 1:
+                num_rows = sum(rows for rows, _ in batch)
+                for rows, part in batch:
+                    part["share"] = rows / num_rows
+            return [part for _, part in batch]
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            share = inputs.pop("share", None)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss if share is None else share * loss
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            [(_, whole)] = inputs
+            return super().prediction_step(model, whole, *args, **kwargs)
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            return 0  # nobody asks for them
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
@@ -294,19 +344,17 @@ def fit(
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    part, rest = divmod(cell.train.batch_size, processes * cell.train.accumulate)
+    share, rest = divmod(cell.train.batch_size, processes)
     if rest:
         raise ValueError(
-            f"train.batch_size is {cell.train.batch_size}, which {processes} processes times "
-            f"train.accumulate {cell.train.accumulate} do not divide"
+            f"train.batch_size is {cell.train.batch_size}, which {processes} processes do not divide"
         )
     trainer = Trainer(
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(checkpoints),
             use_cpu=not torch.cuda.is_available(),
-            per_device_train_batch_size=part,
-            gradient_accumulation_steps=cell.train.accumulate,
+            per_device_train_batch_size=share,
             per_device_eval_batch_size=2 * cell.train.batch_size,
             num_train_epochs=cell.train.epochs,
             learning_rate=cell.train.learning_rate,
@@ -335,9 +383,9 @@ def fit(
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
         ),
-        data_collator=lambda batch: processor.collate([example for row in batch for example in row]),
+        data_collator=collated,
         train_dataset=dataset,
-        eval_dataset=Rows(validation),
+        eval_dataset=Rows(validation, math.inf),
         callbacks=[Whole()],
     )
     with trainer.args.main_process_first(desc="looking for checkpoints"):

@@ -5,13 +5,16 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model import train
 from model.encoder import EncoderLayer
@@ -32,6 +35,7 @@ TINY = {
     "max_length": 32,
 }
 STEPS = {"batch_size": 8, "epochs": 4, "learning_rate": 0.003, "warmup_steps": 2, "evaluations": 3}
+FEW_TOKENS = 80  # four rows of the shorter texts, three of the longer ones
 
 
 def asked(number):
@@ -124,20 +128,51 @@ def test_a_loss_that_grows_stops_the_training_with_a_message():
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint):
-    settings, steps = {"dropout": 0.0, "joint": joint}, {"batch_size": 10}  # the last batch has other parts
+    settings, steps = {"dropout": 0.0, "joint": joint}, {"batch_size": 10}
     _, whole = fit(tmp_path / "whole", cell(settings, **steps))
-    _, parts = fit(tmp_path / "parts", cell(settings, **steps, accumulate=5))
+    _, parts = fit(tmp_path / "parts", cell(settings, **steps, tokens=FEW_TOKENS))
     assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8, 12]
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["validation_f1"] == b["validation_f1"]
 
 
-def test_what_does_not_divide_a_batch_into_parts_is_an_error(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"batch_size is 8, which 1 processes times train.accumulate 3 do not"
-    ):
-        fit(tmp_path, cell(accumulate=3))
+def test_a_part_of_a_baseline_s_batch_counts_by_its_rows(tmp_path):
+    cut = {name: value for name, value in TINY.items() if not name.startswith(("decoder", "image"))}
+    cut |= {"max_length": 12, "dropout": 0.0}  # all rows have as many tokens
+
+    def of(**steps):
+        return train.Cell(
+            architecture="model.baselines.bert_tagger", code="", settings=cut, train=STEPS | steps
+        )
+
+    _, whole = fit(tmp_path / "whole", of(batch_size=10))
+    _, parts = fit(tmp_path / "parts", of(batch_size=10, tokens=40))  # rows: 3, 3, 3, 1
+    assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
+
+
+@dataclass
+class Sized:
+    num_tokens: int
+
+
+@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1), st.integers(1, 100))
+def test_parts_are_as_long_as_may_be_and_no_row_is_lost_or_moved(sizes, tokens):
+    rows = [[Sized(size) for size in row] for row in sizes]
+    found = train.parts(rows, tokens)
+    assert [row for part in found for row in part] == rows
+
+    def padded(part):
+        return len(part) * max(example.num_tokens for row in part for example in row)
+
+    assert all(padded(part) <= tokens or len(part) == 1 for part in found)
+    assert all(padded([*part, following[0]]) > tokens for part, following in pairwise(found))
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"train.batch_size is 8, which 3 processes do not divide"):
+        fit(tmp_path)
 
 
 def test_bfloat16_trains_weights_of_float32_by_one_fused_optimiser(tmp_path, monkeypatch):
@@ -263,18 +298,22 @@ PROCESS = """
 import json, os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import test_model_train as this
-_, history = this.fit({folder!r}, this.cell({settings!r}))
+_, history = this.fit({folder!r}, this.cell({settings!r}, **{steps!r}))
 if os.environ["RANK"] == "0":
     open({output!r}, "w").write(json.dumps(history))
 """
 
 
-@pytest.mark.parametrize("more", [{}, {"without_patterns": ["h2h"]}], ids=["whole", "a pattern left out"])
-def test_two_processes_have_the_loss_curve_of_one(tmp_path, more):
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [({}, {"tokens": FEW_TOKENS}), ({"without_patterns": ["h2h"]}, {})],
+    ids=["in parts", "a pattern left out"],
+)
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
     settings = {"dropout": 0.0, **more}
     here, output = Path(__file__).parent, tmp_path / "history.json"
     script = tmp_path / "run.py"
-    where = {"folder": str(tmp_path / "two"), "output": str(output), "settings": settings}
+    where = {"folder": str(tmp_path / "two"), "output": str(output), "settings": settings, "steps": steps}
     script.write_text(PROCESS.format(tests=str(here), root=str(here.parent), **where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True)

@@ -67,6 +67,11 @@ class Encoded:
     places: list[Source | None]
     spans: list[tuple[int, int]]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the row that is read; regions and OCR words beside it are not counted."""
+        return len(self.attribute) + len(self.ids)
+
 
 class Processor:
     """Turns questions into `Encoded`; a model's own processor adds `collate`.
