@@ -24,6 +24,7 @@ from transformers.models.longformer.modeling_longformer import LongformerModel
 
 from benchmarks.timing import best_s, machine, matmul_peak
 from features.devices import has_bfloat16
+from features.memory import keep_freed
 from model.encoder import Encoder
 from model.packed import pack, packed_encoder
 
@@ -136,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/figures/encoder.svg"))
     given = parser.parse_args(arguments or [])
     torch.manual_seed(0)
+    keep_freed()  # as training does: else the clearing of pages is measured as well
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its every start and stop
     print(f"encoder layer, forward + backward; {machine()}")
     rows: dict[str, dict[str, list[float]]] = {}

@@ -53,7 +53,7 @@ class Settings(params.Settings):
     warmup_steps: int = Field(2000, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    tokens: int = Field(32768, ge=1)  # computed at once; a batch that has more is computed in parts
+    max_tokens: int = Field(32768, ge=1)  # computed at once; a batch that has more is computed in parts
     evaluations: int = Field(5, ge=1)  # how often, evenly, the validation split is looked at
 
 
@@ -278,7 +278,7 @@ def fit(
         def __iter__(self) -> Iterator[int]:
             return iter(batch_order(self.lengths, cell.train.batch_size, seed, self.epoch))
 
-    dataset = Rows(training, cell.train.tokens)
+    dataset = Rows(training, cell.train.max_tokens)
     steps = math.ceil(math.ceil(len(dataset) / cell.train.batch_size) * cell.train.epochs)
     look = math.ceil(steps / cell.train.evaluations)
     if cell.train.warmup_steps >= steps:

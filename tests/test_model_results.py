@@ -94,8 +94,8 @@ def test_a_setting_that_came_later_leaves_the_digest_of_those_that_had_none(proj
 def test_the_default_budget_of_tokens_is_that_of_the_results_that_were_kept_without_one(project):
     path = project / "config" / "mine" / "models" / "smartave.json"
     digests = []
-    tokens = Settings().tokens
-    for of_train in ({"accumulate": 1}, {"tokens": tokens}, {"tokens": tokens + 1}):
+    tokens = Settings().max_tokens
+    for of_train in ({"accumulate": 1}, {"max_tokens": tokens}, {"max_tokens": tokens + 1}):
         path.write_text(json.dumps({"code": "1", "train": {"batch_size": 8, **of_train}}))
         digests.append(settings_digest("mine", "smartave"))
     assert digests[0] == digests[1] != digests[2]

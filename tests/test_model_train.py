@@ -130,7 +130,7 @@ def test_a_loss_that_grows_stops_the_training_with_a_message():
 def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint):
     settings, steps = {"dropout": 0.0, "joint": joint}, {"batch_size": 10}
     _, whole = fit(tmp_path / "whole", cell(settings, **steps))
-    _, parts = fit(tmp_path / "parts", cell(settings, **steps, tokens=FEW_TOKENS))
+    _, parts = fit(tmp_path / "parts", cell(settings, **steps, max_tokens=FEW_TOKENS))
     assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8, 12]
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -147,7 +147,7 @@ def test_a_part_of_a_baseline_s_batch_counts_by_its_rows(tmp_path):
         )
 
     _, whole = fit(tmp_path / "whole", of(batch_size=10))
-    _, parts = fit(tmp_path / "parts", of(batch_size=10, tokens=40))  # rows: 3, 3, 3, 1
+    _, parts = fit(tmp_path / "parts", of(batch_size=10, max_tokens=40))  # rows: 3, 3, 3, 1
     assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
 
 
@@ -306,7 +306,7 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.parametrize(
     ("more", "steps"),
-    [({}, {"tokens": FEW_TOKENS}), ({"without_patterns": ["h2h"]}, {})],
+    [({}, {"max_tokens": FEW_TOKENS}), ({"without_patterns": ["h2h"]}, {})],
     ids=["in parts", "a pattern left out"],
 )
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
