@@ -63,8 +63,13 @@ class Encoded:
 
     @property
     def num_tokens(self) -> int:
-        """Hyper-tokens and local-tokens."""
-        return sum(1 + len(segment.ids) for segment in self.segments) + len(self.regions)
+        """Local-tokens."""
+        return sum(len(segment.ids) for segment in self.segments) + len(self.regions)
+
+    @property
+    def num_asking(self) -> int:
+        """Of these, the words of the attribute's name."""
+        return len(self.segments[0].ids)
 
 
 def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:

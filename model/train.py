@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import sys
 import time
@@ -205,6 +206,11 @@ def rows(asked: Sequence[Question], *, joint: bool) -> list[list[Question]]:
     return [list(of_one) for _, of_one in groupby(asked, key=lambda question: id(question.product))]
 
 
+def num_tokens(row: Sequence[Any]) -> int:
+    """Local-tokens of an encoded row: of one text and of all that is asked about it."""
+    return row[0].num_tokens + sum(example.num_asking for example in row[1:])
+
+
 def parts(rows: Sequence[Sequence[Any]], tokens: float) -> list[list[Any]]:
     """The encoded rows of a batch in their order, in runs of at most `tokens` tokens, each run as if padded.
 
@@ -213,7 +219,7 @@ def parts(rows: Sequence[Sequence[Any]], tokens: float) -> list[list[Any]]:
     found: list[list[Any]] = []
     longest = 0
     for row in rows:
-        size = max(example.num_tokens for example in row)
+        size = num_tokens(row)
         longest = max(longest, size)
         if found and (len(found[-1]) + 1) * longest <= tokens:
             found[-1].append(row)
@@ -221,6 +227,11 @@ def parts(rows: Sequence[Sequence[Any]], tokens: float) -> list[list[Any]]:
             found.append([row])
             longest = size
     return found
+
+
+def judged_at_once(cell: Cell, processor: Any) -> int:
+    """Questions of the validation split: twice what `max_tokens` lets training compute, without gradients."""
+    return 2 * min(cell.train.batch_size, max(1, cell.train.max_tokens // processor.max_length))
 
 
 def characters(question: Question) -> int:
@@ -355,7 +366,7 @@ def fit(
             output_dir=str(checkpoints),
             use_cpu=not torch.cuda.is_available(),
             per_device_train_batch_size=share,
-            per_device_eval_batch_size=2 * cell.train.batch_size,
+            per_device_eval_batch_size=judged_at_once(cell, processor),
             num_train_epochs=cell.train.epochs,
             learning_rate=cell.train.learning_rate,
             lr_scheduler_type="linear",
@@ -423,6 +434,13 @@ def provenance(corpus: str, cell: Cell, seed: int, training: Sequence[Question])
     }
 
 
+def open_more_files() -> None:
+    """As many as may be: each tensor of each part that a process loads ahead is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def keep_cost(corpus: str, name: str, seed: int, seconds: float, examples: int) -> None:
     """Note how long a training took that was not interrupted, for the paper's Table 3 and for estimates."""
     import torch
@@ -448,6 +466,7 @@ def run(corpus: str, name: str, seed: int) -> None:
             "both must be there"
         )
     cell = sighted(cell, training)
+    open_more_files()
     tell_if_slow(cell.train.precision, "cuda" if torch.cuda.is_available() else "cpu", "train")
     started = time.perf_counter()
     model, processor, history, resumed = fit(cell, training, validation, seed, checkpoints)
@@ -462,7 +481,7 @@ def run(corpus: str, name: str, seed: int) -> None:
     for question in training:
         processor.encode(question)
     truncated = dict(sorted(processor.truncated.items()))
-    rows = judge(model, processor, validation, 2 * cell.train.batch_size)
+    rows = judge(model, processor, validation, judged_at_once(cell, processor))
     folder = Path("runs", corpus, name, str(seed))
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

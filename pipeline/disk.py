@@ -41,9 +41,13 @@ def atomically(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterat
 
 
 def start_sync(file: BinaryIO) -> None:
-    """Let what was written to `file` leave for the disk, and wait for nothing: a later fsync is short."""
+    """Let what was written to `file` leave for the disk, and wait for nothing: a later fsync is short.
+
+    What is there already leaves the system's cache.
+    """
     if sys.platform == "linux":
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # not every file takes advice
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

@@ -31,6 +31,7 @@ def test_a_row_is_texts_with_separators_that_stand_nowhere():
     assert row.places[7] == Source("ocr", 0, 0, 1)
     assert [place is None for place in row.places] == [word in ("[CLS]", "[SEP]") for word in words]
     assert one.tokenizer.convert_ids_to_tokens(row.attribute) == ["a", "b", "[SEP]"]
+    assert (row.num_tokens, row.num_asking) == (13, 3)
 
 
 def test_gold_is_the_evidences_and_what_stands_in_ocr():

@@ -57,6 +57,7 @@ def test_every_text_has_a_hyper_token_and_the_attribute_comes_first(tokenizer):
     assert batch["hyper_kind"].tolist() == [[KINDS.index(kind) for kind in [*kinds, "image"]]]
     assert batch["segment"].tolist() == [[0, 1, 1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 7]]
     assert batch["position"].tolist() == [[0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 1, 2]]
+    assert (encoded.num_tokens, encoded.num_asking) == (13, 1)
     assert batch["copy_mask"].tolist() == [[False] + [True] * 9]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import train
+from model import smartave, train
 from model.encoder import EncoderLayer
 from model.examples import Evidence, Product, Question
 
@@ -126,18 +127,34 @@ def test_a_loss_that_grows_stops_the_training_with_a_message():
         divergence.watch(10.0, 6)
 
 
+@pytest.fixture
+def numbers_of_parts(monkeypatch):
+    """Of every batch that is computed, filled while the test goes on."""
+    numbers, parts = [], train.parts
+
+    def noted(rows, tokens):
+        found = parts(rows, tokens)
+        numbers.append(len(found))
+        return found
+
+    monkeypatch.setattr(train, "parts", noted)
+    return numbers
+
+
 @pytest.mark.parametrize("joint", [False, True])
-def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint):
+def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint, numbers_of_parts):
     settings, steps = {"dropout": 0.0, "joint": joint}, {"batch_size": 10}
     _, whole = fit(tmp_path / "whole", cell(settings, **steps))
+    assert set(numbers_of_parts) == {1}
     _, parts = fit(tmp_path / "parts", cell(settings, **steps, max_tokens=FEW_TOKENS))
+    assert max(numbers_of_parts) == 4
     assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8, 12]
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["validation_f1"] == b["validation_f1"]
 
 
-def test_a_part_of_a_baseline_s_batch_counts_by_its_rows(tmp_path):
+def test_a_part_of_a_baseline_s_batch_counts_by_its_rows(tmp_path, numbers_of_parts):
     cut = {name: value for name, value in TINY.items() if not name.startswith(("decoder", "image"))}
     cut |= {"max_length": 12, "dropout": 0.0}  # all rows have as many tokens
 
@@ -147,26 +164,67 @@ def test_a_part_of_a_baseline_s_batch_counts_by_its_rows(tmp_path):
         )
 
     _, whole = fit(tmp_path / "whole", of(batch_size=10))
+    assert set(numbers_of_parts) == {1}
     _, parts = fit(tmp_path / "parts", of(batch_size=10, max_tokens=40))  # rows: 3, 3, 3, 1
+    assert max(numbers_of_parts) == 4
     assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
 
 
 @dataclass
 class Sized:
-    num_tokens: int
+    num_asking: int
+    of_product: int
+
+    @property
+    def num_tokens(self):
+        return self.num_asking + self.of_product
 
 
-@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1), st.integers(1, 100))
-def test_parts_are_as_long_as_may_be_and_no_row_is_lost_or_moved(sizes, tokens):
-    rows = [[Sized(size) for size in row] for row in sizes]
+A_ROW = st.lists(st.builds(Sized, st.integers(1, 9), st.just(7)), min_size=1, max_size=3)
+
+
+@given(st.lists(A_ROW, min_size=1), st.integers(1, 200))
+def test_parts_are_as_long_as_may_be_and_no_row_is_lost_or_moved(rows, tokens):
     found = train.parts(rows, tokens)
     assert [row for part in found for row in part] == rows
 
     def padded(part):
-        return len(part) * max(example.num_tokens for row in part for example in row)
+        return len(part) * max(map(train.num_tokens, part))
 
     assert all(padded(part) <= tokens or len(part) == 1 for part in found)
     assert all(padded([*part, following[0]]) > tokens for part, following in pairwise(found))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_tokens_of_a_row_are_those_that_are_computed(joint):
+    settings = smartave.Settings.model_validate(TINY | {"joint": joint})
+    _, processor = smartave.Model.start(settings, asked(3), 1)
+    names = ("Color", "Size", "Scent") if joint else ("Color",)
+    product = asked(1)[0].product
+    row = [processor.encode(Question(product, name)) for name in names]
+    assert train.num_tokens(row) == (processor.collate(row)["segment"] >= 0).sum()
+
+
+def test_the_paper_s_batch_is_computed_at_once():
+    row = [Sized(num_asking=3, of_product=1021)]
+    assert len(train.parts([row] * 32, train.Settings().max_tokens)) == 1
+
+
+def test_a_small_budget_bounds_what_is_judged_at_once_as_well():
+    processor = mock.Mock(max_length=100)
+    assert train.judged_at_once(cell(batch_size=8), processor) == 16
+    assert train.judged_at_once(cell(batch_size=8, max_tokens=300), processor) == 6
+    assert train.judged_at_once(cell(batch_size=8, max_tokens=1), processor) == 2
+
+
+def test_training_may_open_as_many_files_as_the_system_lets_it():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] // 2, before[1]))
+        train.open_more_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_an_error(tmp_path, monkeypatch):
@@ -316,7 +374,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
     where = {"folder": str(tmp_path / "two"), "output": str(output), "settings": settings, "steps": steps}
     script.write_text(PROCESS.format(tests=str(here), root=str(here.parent), **where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True)
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads(output.read_text())
     _, one = fit(tmp_path / "one", cell(settings))

@@ -72,6 +72,10 @@ class Encoded:
         """Of the row that is read; regions and OCR words beside it are not counted."""
         return len(self.attribute) + len(self.ids)
 
+    @property
+    def num_asking(self) -> int:
+        return len(self.attribute)
+
 
 class Processor:
     """Turns questions into `Encoded`; a model's own processor adds `collate`.
