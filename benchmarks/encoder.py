@@ -110,7 +110,7 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2 * len(rows), figsize=(7 * len(rows), 3.2), squeeze=False)
     for index, (dtype, curves) in enumerate(rows.items()):
@@ -123,8 +123,12 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
             for length, seconds in zip(LENGTHS, curves["BERT sdpa"], strict=True)
         ]
         time.plot(LENGTHS, bound, "--", label="bound")
-        time.set(title=f"{dtype}: ms", xlabel="local-tokens", xscale="log", yscale="log")
-        memory.set(title=f"{dtype}: MiB at most", xlabel="local-tokens", xscale="log", yscale="log")
+        for axis, unit in ((time, "ms"), (memory, "MiB at most")):
+            axis.set(title=f"{dtype}: {unit}", xlabel="local-tokens", xscale="log", yscale="log")
+            axis.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+            axis.tick_params(axis="x", which="minor", length=0, labelbottom=False)
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(ticker.ScalarFormatter())
         time.legend()
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
