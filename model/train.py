@@ -230,7 +230,7 @@ def parts(rows: Sequence[Sequence[Any]], tokens: float) -> list[list[Any]]:
 
 
 def judged_at_once(cell: Cell, processor: Any) -> int:
-    """Questions of the validation split: twice what `max_tokens` lets training compute, without gradients."""
+    """Rows of the validation split: twice as many as `max_tokens` has room for, since no gradient is held."""
     return 2 * min(cell.train.batch_size, max(1, cell.train.max_tokens // processor.max_length))
 
 

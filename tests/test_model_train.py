@@ -217,6 +217,13 @@ def test_a_small_budget_bounds_what_is_judged_at_once_as_well():
     assert train.judged_at_once(cell(batch_size=8, max_tokens=1), processor) == 2
 
 
+def test_validation_is_judged_by_that_bound(tmp_path, monkeypatch):
+    judge = mock.Mock(return_value=[])
+    monkeypatch.setattr(train, "judge", judge)
+    fit(tmp_path, cell(epochs=0.5, max_tokens=2 * TINY["max_length"]))
+    assert {call.args[3] for call in judge.call_args_list} == {4}
+
+
 def test_training_may_open_as_many_files_as_the_system_lets_it():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

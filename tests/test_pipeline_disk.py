@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,10 @@ def test_a_folder_of_image_shards_is_whole_or_says_that_it_is_not(
         return [row["status"] for row in folder.rows()] == ["ok"] * 3
 
     sweep(lambda: shards.run(images.job("toy", settings)), whole, 10)
+
+
+def test_a_file_that_takes_no_advice_is_written_all_the_same() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb", buffering=0) as pipe:
+        pipe.write(b"some")
+        disk.start_sync(pipe)

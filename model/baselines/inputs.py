@@ -74,6 +74,7 @@ class Encoded:
 
     @property
     def num_asking(self) -> int:
+        """Of these, the attribute's."""
         return len(self.attribute)
 
 
