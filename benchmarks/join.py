@@ -4,7 +4,7 @@ The input has the shape of the real dump: 6.8 kB a line, 22 % of the lines label
 stands in title, description and feature, 10 % of these paragraphs hold HTML, the other half stands in fields
 that nobody reads. Both outputs must hold the same rows. Then the same input gzipped, beside the plain one
 and the fastest gzip reader of the registry that does nothing but read; then the label index of all of MAVE.
-Programs take turns, three beside Beam and five beside the readers, and the median of each counts. Two readers
+Programs take turns, three beside Beam and nine beside the readers, and the median of each counts. Two readers
 at once, a core each, show what a second core is worth while it is measured.
 """
 
@@ -155,7 +155,7 @@ def without_start_up(done: Run) -> Run:
     return replace(done, seconds=seconds, cpu_s=cpu_s)
 
 
-def in_turns(programs: Mapping[str, Callable[[], Run]], turns: int = 5) -> dict[str, Run]:
+def in_turns(programs: Mapping[str, Callable[[], Run]], turns: int = 9) -> dict[str, Run]:
     """The run of median time of each, interleaved: on a shared machine, the fastest of each would be of other
     minutes."""
     runs: dict[str, list[Run]] = {name: [] for name in programs}
