@@ -33,9 +33,9 @@ from ruamel.yaml.events import AliasEvent, NodeEvent
 
 import features.ocr
 import features.regions
+import model.cell
 import model.checkpoint
 import model.evaluate
-import model.train
 import pipeline.images
 import pipeline.products
 import pipeline.source
@@ -94,7 +94,7 @@ class Checker:
         self.digests = {name: code_digest(name) for name in set(architectures.values())}
         for stage, settings in STAGES.items():
             self.resolve(settings, [self.section(stage)], complete=False)
-        self.resolve(model.train.Settings, [self.section("train")], complete=False)
+        self.resolve(model.cell.Training, [self.section("train")], complete=False)
         self.known_to_some(self.section("model"), set(architectures.values()))
         for corpus, entry in corpora.items():
             self.corpus(corpus, entry)
@@ -237,15 +237,15 @@ class Checker:
 
     def model(self, corpus: str, name: str, chain: list[Layer], architecture: str) -> None:
         """The file of one model for one corpus; a key of its entry is the trainer's or the architecture's."""
-        trainer, built = model.train.Settings, _architecture_settings(architecture)
+        trainer, built = model.cell.Training, _architecture_settings(architecture)
         both = trainer.model_fields.keys() & built.model_fields.keys()
         if both:
-            raise ValueError(f"{architecture}.Settings and model.train.Settings both have {sorted(both)}")
+            raise ValueError(f"{architecture}.Settings and model.cell.Training both have {sorted(both)}")
         for where, layer in chain:
             outermost = {"base", "architecture"} if where[0] == "models" else set()
             known = outermost | trainer.model_fields.keys() | built.model_fields.keys()
             for key in sorted(layer.keys() - known, key=str):
-                self.complain((*where, key), f"is a setting of neither {architecture} nor model.train")
+                self.complain((*where, key), f"is a setting of neither {architecture} nor section train")
         parts: dict[str, Settings | None] = {}
         for part, settings in (("train", trainer), ("model", built)):
             outer = [self.section(part), self.section("corpora", corpus, part)]

@@ -16,9 +16,10 @@ from test_model_cell import shards
 import model.baselines
 from model import checkpoint, config, evaluate, results
 from model import train as stage_train
+from model.cell import Cell
 from model.examples import Evidence, OcrLine, Product, Question
 from model.pretrained import checkpoint_path
-from model.train import Cell, fit
+from model.trainer import fit
 from pipeline import products, schema
 from pipeline.tally import Tally
 

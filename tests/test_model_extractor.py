@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from model import extractor, train
+from model import extractor
+from model.batches import rows
 from model.examples import OcrLine, Product, Question, Source
 from model.floor import Floor
 from pipeline import mave
@@ -144,8 +145,8 @@ def test_all_that_is_asked_of_a_line_is_asked_of_one_product(reader, rule):
 
     lines = [reader.read(line(asin=f"B{number:09}")) for number in range(3)]
     list(extractor.answers(lines, unseen, lambda line: ["Color", "Size"], extract, 0.0))
-    rows = train.rows(asked, joint=True)
-    assert [[question.attribute for question in row] for row in rows] == [["Color", "Size"]] * 3
+    of_products = rows(asked, joint=True)
+    assert [[question.attribute for question in row] for row in of_products] == [["Color", "Size"]] * 3
 
 
 def test_values_under_the_threshold_are_left_out_and_their_attribute_stays(reader, rule):

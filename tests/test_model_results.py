@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from model import paper, results
+from model.cell import Training
 from model.results import keep, settings_digest
-from model.train import Settings
 from pipeline import images, schema
 
 SCORE = {"precision": 0.51234, "recall": 0.5, "f1": 0.50609, "count": 40}
@@ -94,7 +94,7 @@ def test_a_setting_that_came_later_leaves_the_digest_of_those_that_had_none(proj
 def test_the_default_budget_of_tokens_is_that_of_the_results_that_were_kept_without_one(project):
     path = project / "config" / "mine" / "models" / "smartave.json"
     digests = []
-    tokens = Settings().max_tokens
+    tokens = Training().max_tokens
     for of_train in ({"accumulate": 1}, {"max_tokens": tokens}, {"max_tokens": tokens + 1}):
         path.write_text(json.dumps({"code": "1", "train": {"batch_size": 8, **of_train}}))
         digests.append(settings_digest("mine", "smartave"))
