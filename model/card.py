@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import PROVENANCE
+from model import checkpoint
 
 LANGUAGES = {"mepave": "zh"}  # by kind of corpus; else "en"
 LICENCE = "apache-2.0"
@@ -104,13 +104,11 @@ def assemble(
     """Write the whole folder, or nothing. Raises `ValueError` without a trained model or if FOLDER exists."""
     model = Path("runs", corpus, name, str(seed), "model")
     metrics = Path("metrics", corpus, name, f"{seed}.json")
-    if not (model / PROVENANCE).is_file():
-        raise ValueError(f"{model} is not a trained model: it has no {PROVENANCE}")
     if folder.exists():
         raise ValueError(f"{folder} exists already")
-    provenance = json.loads((model / PROVENANCE).read_text(encoding="utf-8"))
+    made_with = checkpoint.provenance(model)
     scores = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
-    text = card(name, provenance, scores, language=language, licence=licence)
+    text = card(name, made_with, scores, language=language, licence=licence)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(model, temporary)

@@ -15,6 +15,18 @@ ARCHITECTURE = re.compile(r"model\.(baselines\.)?[a-z][a-z0-9_]*")
 COSTS = Path(".cache/costs")  # what training took, outside DVC's outputs: clocks differ, outputs must not
 
 
+def provenance(folder: Path) -> dict[str, Any]:
+    """What the model in `folder` was made with; raises `ValueError` when `model.train` did not finish it."""
+    about = Path(folder) / PROVENANCE
+    if not about.is_file():
+        raise ValueError(f"{folder} is not a trained model: it has no {PROVENANCE}")
+    found: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
+    name = found.get("architecture")
+    if not isinstance(name, str) or not ARCHITECTURE.fullmatch(name):
+        raise ValueError(f"{about}: architecture must be a module of model/, got {name!r}")
+    return found
+
+
 def load(folder: Path) -> tuple[Any, Any]:
     """The model, in evaluation mode and on the GPU where there is one, and its processor.
 
@@ -23,12 +35,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     """
     import torch
 
-    about = Path(folder) / PROVENANCE
-    if not about.is_file():
-        raise ValueError(f"{folder} is not a trained model: it has no {PROVENANCE}")
-    name = json.loads(about.read_text()).get("architecture")
-    if not isinstance(name, str) or not ARCHITECTURE.fullmatch(name):
-        raise ValueError(f"{about}: architecture must be a module of model/, got {name!r}")
+    name = provenance(folder)["architecture"]
     architecture = importlib.import_module(name)
     model, told = architecture.Model.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True

@@ -60,6 +60,13 @@ def threshold(validation: Sequence[dict[str, Any]], precision: float) -> float:
     return found
 
 
+def least_score(folder: Path, min_precision: float | None) -> float:
+    """What the values of the model in `folder` must be scored for that precision on validation."""
+    if min_precision is None:
+        return 0.0
+    return threshold(json.loads((folder / "validation.json").read_text(encoding="utf-8")), min_precision)
+
+
 class Reader:
     """Turns raw lines into `Line`s by the rules that the training products were made by."""
 
@@ -235,18 +242,13 @@ class Extractor:
         """
         folder = Path(folder)
         model, processor = checkpoint.load(folder)
-        least_score = 0.0
-        if min_precision is not None:
-            validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
-            least_score = threshold(validation, min_precision)
-        provenance = json.loads((folder / checkpoint.PROVENANCE).read_text(encoding="utf-8"))
         return cls(
             model,
             processor,
-            provenance,
+            checkpoint.provenance(folder),
             images=images,
             hosts=hosts,
-            least_score=least_score,
+            least_score=least_score(folder, min_precision),
             batch_size=batch_size,
         )
 

@@ -7,22 +7,57 @@ A line is `{"asin", "title", "description": [...], "feature": [...], "category":
 by the settings that the model was trained with. Out come, in the order of the input,
 `{"asin", "status", "image", "attributes": [{"key", "values": [{"value", "score", "source"}]}]}`.
 
-`status` is "ok" or the reason why a line could not be used; `image` is "ok" or why there was no picture.
-`source` says where a value was read: `kind` text, ocr or vocabulary; `index` the cleaned paragraph (its
-`field` is title, description, feature, ...) or OCR line, and `begin`, `end` in its characters.
+`status` is "ok" or the reason why a line could not be used (`kills_worker`: one process after another died
+of it); `image` is "ok" or why there was no picture. `source` says where a value was read: `kind` text, ocr
+or vocabulary; `index` the cleaned paragraph (its `field` is title, description, feature, ...) or OCR line,
+and `begin`, `end` in its characters.
+
+Lines are answered in shards, as slow stages make theirs: by SMARTAVE_WORKERS processes (default: as many as
+keep all cores busy, one on a GPU) or on Dask (SMARTAVE_EXECUTOR, SMARTAVE_DASK), the output being the same.
+Killed anywhere, the same command goes on where it was.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
+import re
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from model.extractor import Extractor
-from pipeline import mave, progress
+import pyarrow as pa
+
+from features import devices
+from model import checkpoint
+from model.extractor import CHUNK, Extractor, Reader, least_score
+from pipeline import mave, params, progress, shards
 from pipeline.disk import atomically
+from pipeline.lines import BLOCK_BYTES
+from pipeline.provenance import digest
 from pipeline.tally import Tally
+from pipeline.unzip import GZIP_MAGIC
+
+SHARD = 8 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
+THREADS = 2
+ANSWERED = pa.schema([("asin", pa.string()), ("status", pa.string()), ("answer", pa.string())])
+LIBRARIES = ("easyocr", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
+
+
+class Settings(params.Settings):
+    """What an answer depends on besides its line and the model."""
+
+    model: str
+    images: str | None
+    hosts: tuple[str, ...]
+    attributes: tuple[str, ...] | None
+    min_precision: float | None
+    batch_size: int
 
 
 def raw_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -34,9 +69,117 @@ def raw_lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def num_lines(path: Path) -> int:
-    with mave.opened(path) as file:
-        return sum(1 for _ in raw_lines(file))
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A `pipeline.reading.Chunk`: the lines of one shard, called by their numbers."""
+
+    path: Path
+    begin: int  # byte
+    first: int  # number of its first line
+    num_rows: int
+    sha256: str
+
+    @property
+    def digest(self) -> str:
+        return digest([self.first, self.sha256])
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        return f"line {self.first}", f"line {self.first + self.num_rows - 1}"
+
+    def load(self) -> shards.Rows:
+        with self.path.open("rb") as file:
+            file.seek(self.begin)
+            raws = list(islice(raw_lines(file), self.num_rows))
+        if sha256_of(raws) != self.sha256:
+            raise ValueError(f"{self.path} changed while it was read; run again")
+        return [{"asin": f"line {self.first + at}", "raw": raw} for at, raw in enumerate(raws)]
+
+
+def sha256_of(raws: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(raws)).hexdigest()
+
+
+def in_shards(path: Path) -> list[Lines]:
+    """A plain file, cut."""
+    found: list[Lines] = []
+    begin, first = 0, 1
+    with path.open("rb") as file, progress.of_bytes(path, path.stat().st_size) as bar:
+        lines = raw_lines(file)
+        while raws := list(islice(lines, SHARD)):
+            found.append(Lines(path, begin, first, len(raws), sha256_of(raws)))
+            bar.update(file.tell() - begin)
+            begin, first = file.tell(), first + len(raws)
+    return found
+
+
+@contextlib.contextmanager
+def plain(path: Path, output: Path) -> Iterator[Path]:
+    """The file; of one that is zipped what it holds, which stands beside the output meanwhile."""
+    unzipped = output.with_name(f".{output.name}.input")
+    with path.open("rb") as file:
+        is_zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    try:
+        with mave.opened(path) as content:  # which tells a pointer from data
+            if is_zipped:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                with unzipped.open("wb") as copy:
+                    shutil.copyfileobj(content, copy, BLOCK_BYTES)
+        yield unzipped if is_zipped else path
+    finally:
+        unzipped.unlink(missing_ok=True)
+
+
+def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.Made]]:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    extractor = Extractor.from_pretrained(
+        settings.model,
+        images=None if settings.images is None else Path(settings.images),
+        hosts=settings.hosts,
+        min_precision=settings.min_precision,
+        batch_size=settings.batch_size,
+    )
+
+    def process(rows: shards.Rows) -> Iterator[shards.Made]:
+        lines = (extractor.reader.read(row["raw"]) for row in rows)
+        answers = extractor.rows(lines, attributes=settings.attributes)
+        for row, answer in zip(rows, answers, strict=True):
+            yield Counter([answer["status"], *([f"image: {answer['image']}"] if answer["image"] else [])])
+            yield {
+                "asin": row["asin"],
+                "status": answer["status"],
+                "answer": json.dumps(answer, ensure_ascii=False),
+            }
+
+    return process
+
+
+def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Path(settings.model)
+    content = {path.name: shards.sha256_of(path) for path in sorted(model.iterdir()) if path.is_file()}
+    architecture = checkpoint.provenance(model)["architecture"]
+    return shards.Job(
+        stage="predict",
+        corpus=output.name,
+        module="model.predict",
+        settings=settings,
+        unseen=frozenset({"model"}),  # by content
+        schema=ANSWERED,
+        chunks=chunks,
+        make_worker=make_worker,
+        libraries=LIBRARIES,
+        weights={**content, architecture: shards.code_digest(architecture)},
+        precision=device,
+        threads=THREADS,
+        max_workers=devices.max_workers(device),
+        lost={"answer": None},
+        unit="line",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Tally:
@@ -45,33 +188,48 @@ def run(arguments: argparse.Namespace) -> Tally:
         raise ValueError(f"{arguments.input} does not exist")
     if arguments.images is not None and not arguments.images.is_dir():
         raise ValueError(f"{arguments.images} is not a folder")
-    extractor = Extractor.from_pretrained(
-        arguments.model,
-        images=arguments.images,
-        hosts=arguments.hosts,
+    provenance = checkpoint.provenance(arguments.model)
+    if arguments.min_precision is not None:
+        least = least_score(arguments.model, arguments.min_precision)
+        sys.stderr.write(f"values with a score under {least} are left out\n")
+    for name in sorted(set(arguments.attributes or ()) - set(provenance["attributes"])):
+        sys.stderr.write(f"{name}: the model was not trained on this attribute, and is asked all the same\n")
+    output = arguments.output
+    settings = Settings(
+        model=str(arguments.model),
+        images=None if arguments.images is None else str(arguments.images),
+        hosts=tuple(arguments.hosts),
+        attributes=None if arguments.attributes is None else tuple(arguments.attributes),
         min_precision=arguments.min_precision,
         batch_size=arguments.batch_size,
     )
-    if arguments.min_precision is not None:
-        sys.stderr.write(f"values with a score under {extractor.least_score} are left out\n")
-    for name in sorted(set(arguments.attributes or ()) - set(extractor.provenance["attributes"])):
-        sys.stderr.write(f"{name}: the model was not trained on this attribute, and is asked all the same\n")
+    lock = f"{re.sub(r'[^0-9A-Za-z_-]', '_', output.name)}-{digest(str(output.resolve()))[:8]}"
+    with shards.sole_writer("predict", lock), plain(arguments.input, output) as path:
+        chunks = in_shards(path)
+        asked = job(settings, output, chunks)
+        made, records = shards.make(asked, asked.made_with())
+        reader = Reader(provenance)
+        with atomically(output) as temporary, temporary.open("wb") as file:
+            for chunk, shard in zip(chunks, made, strict=True):
+                file.writelines(f"{answer}\n".encode() for answer in answers(chunk, shard, reader))
+    for shard in made:  # only for who was killed: pictures and texts may be others tomorrow
+        shard.forget()
     tally = Tally()
-    with (
-        mave.opened(arguments.input) as file,
-        atomically(arguments.output) as temporary,
-        temporary.open("wb") as output,
-    ):
-        lines = (extractor.reader.read(raw) for raw in raw_lines(file))
-        rows = extractor.rows(lines, attributes=arguments.attributes)
-        for row in progress.bar(
-            "predict", num_lines(arguments.input), seconds=10, iterable=rows, unit="line"
-        ):
-            tally.add(row["status"])
-            if row["image"] is not None:
-                tally.add(f"image: {row['image']}")
-            output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    for record in records:
+        tally.counts.update(record["measured"])
+        if killed := record["status"].get(shards.KILLS_WORKER):
+            tally.add(shards.KILLS_WORKER, count=killed)
     return tally
+
+
+def answers(chunk: Lines, shard: shards.Stored, reader: Reader) -> Iterator[str]:
+    """The lines of the output for those of a shard."""
+    for at, row in enumerate(shard.rows()):
+        if row["status"] == shards.KILLS_WORKER:
+            asin = reader.read(chunk.load()[at]["raw"]).asin
+            yield json.dumps({"asin": asin, "status": row["status"], "image": None, "attributes": []})
+        else:
+            yield row["answer"]
 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:

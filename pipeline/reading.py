@@ -24,7 +24,7 @@ def store() -> Path:
     return Path(os.environ.get("SMARTAVE_STORE") or ".cache/shards")
 
 
-def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read(columns=None if columns is None else list(columns))
@@ -65,7 +65,7 @@ class ShardFolder:
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """All rows in order of asin, one shard in memory at a time."""
         for file in self.files:
-            yield from _read(file, columns).to_pylist()
+            yield from read(file, columns).to_pylist()
 
     def get(self, asin: str) -> dict[str, Any]:
         """Raises `KeyError` where there is no such row."""
@@ -101,7 +101,7 @@ class ShardFolder:
         if not path.is_file():
             if not is_intact(self.files[index], self.shards[index]):
                 raise ValueError(f"{self.files[index]} is corrupt: it does not have its sha256")
-            table = _read(self.files[index])
+            table = read(self.files[index])
             with atomically(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
                 writer.write_table(table)
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -154,7 +154,7 @@ class FolderChunk:
     def load(self) -> Rows:
         rows: Rows = []
         for path, begin, end in self.pieces:
-            table = _read(path, self.columns)
+            table = read(path, self.columns)
             rows += table.slice(begin, end - begin).to_pylist()
         for row in rows:
             image = row.get("image")
@@ -193,7 +193,7 @@ def chunks_of_folder(
             pieces.clear()
 
     for path in folder.files:
-        found = _read(path, key).to_pylist()
+        found = read(path, key).to_pylist()
         begin = 0
         while begin < len(found):
             end = min(len(found), begin + shard_size - len(rows))

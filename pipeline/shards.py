@@ -37,18 +37,22 @@ from pipeline.disk import atomically, is_intact, sha256_of, start_sync, sync_fol
 from pipeline.locks import LOCKS, holder, sole_writer
 from pipeline.progress import bar as progress_bar
 from pipeline.provenance import code_digest, code_files, digest
-from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, store
+from pipeline.reading import Chunk, Rows, ShardFolder, chunks_of_folder, chunks_of_rows, read, store
 
 __all__ = [
+    "KILLS_WORKER",
     "Chunk",
     "Job",
+    "Made",
     "Rows",
     "ShardFolder",
+    "Stored",
     "atomically",
     "chunks_of_folder",
     "chunks_of_rows",
     "code_digest",
     "code_files",
+    "make",
     "run",
     "sha256_of",
     "sole_writer",
@@ -100,6 +104,7 @@ class Job:
     transient: frozenset[str] = frozenset()
     max_transient: float = 0.0
     lost: Mapping[str, Any] | None = None  # other columns of a row whose status is `kills_worker`; None: null
+    unit: str = "image"  # what the progress counts
 
     @property
     def output(self) -> Path:
@@ -124,7 +129,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class Stored:
     """A finished shard: the file and beside it, written last, its record."""
 
     stage: str
@@ -138,6 +143,14 @@ class _Stored:
     def unfinished(self) -> Path:
         """Where it waits to be assembled while some of its rows failed for now; no later run takes it."""
         return self.path.with_suffix(".unfinished")
+
+    def rows(self) -> Rows:
+        found: Rows = read(self.path).to_pylist()
+        return found
+
+    def forget(self) -> None:
+        for path in (self.path.with_suffix(".json"), self.path, self.unfinished):
+            path.unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any] | None:
         """None when it is not there or not what was written (said on stderr: it is made again)."""
@@ -180,7 +193,7 @@ class _Task:
     """Make a shard, without the rows that are `fatal`; or see whether the row `only` is."""
 
     chunk: Chunk
-    stored: _Stored
+    stored: Stored
     fatal: frozenset[int] = frozenset()
     only: int | None = None
 
@@ -231,24 +244,33 @@ def run(job: Job) -> Path:
     the shard that cannot be made; what is finished stays in the store for the next run.
     """
     made_with = job.made_with()
-    name = f"{job.stage} of {job.corpus}"
     with sole_writer(job.stage, job.corpus), workers.stopping_with_parent():
-        shards = [_Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
-        records = [shard.record() for shard in shards]
-        todo = {
-            index: _Task(job.chunks[index], shards[index])
-            for index, record in enumerate(records)
-            if record is None
-        }
-        with _progress(name, job.chunks, records) as bar:
-            for index, record in _made(job, name, todo, bar.update):
-                records[index] = record
-        finished = [record for record in records if record is not None]
-        assert len(finished) == len(shards)
-        status: Counter[str] = sum((Counter(record["status"]) for record in finished), Counter())
+        shards, records = make(job, made_with)
+        status: Counter[str] = sum((Counter(record["status"]) for record in records), Counter())
         _check_transient(job, status)
-        _assemble(job, made_with, shards, finished, status)
+        _assemble(job, made_with, shards, records, status)
     return job.output
+
+
+def make(job: Job, made_with: dict[str, Any]) -> tuple[list[Stored], list[dict[str, Any]]]:
+    """Every shard of `job` in the store, and its record; for who sees to it that nobody else makes them.
+
+    Raises as `run` does.
+    """
+    name = f"{job.stage} of {job.corpus}"
+    shards = [Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
+    records = [shard.record() for shard in shards]
+    todo = {
+        index: _Task(job.chunks[index], shards[index])
+        for index, record in enumerate(records)
+        if record is None
+    }
+    with _progress(job, name, records) as bar:
+        for index, record in _made(job, name, todo, bar.update):
+            records[index] = record
+    finished = [record for record in records if record is not None]
+    assert len(finished) == len(shards)
+    return shards, finished
 
 
 def _made(
@@ -339,7 +361,7 @@ def _check_transient(job: Job, status: Counter[str]) -> None:
 def _assemble(
     job: Job,
     made_with: dict[str, Any],
-    shards: Sequence[_Stored],
+    shards: Sequence[Stored],
     records: Sequence[dict[str, Any]],
     status: Counter[str],
 ) -> None:
@@ -378,10 +400,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _progress(name: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any] | None]) -> Any:
+def _progress(job: Job, name: str, records: Sequence[dict[str, Any] | None]) -> Any:
     done = sum(record["rows"] for record in records if record is not None)
-    total = sum(chunk.num_rows for chunk in chunks)
-    return progress_bar(name, total, seconds=5, initial=done, unit="image", miniters=0)
+    total = sum(chunk.num_rows for chunk in job.chunks)
+    return progress_bar(name, total, seconds=5, initial=done, unit=job.unit, miniters=0)
 
 
 # The command
@@ -396,10 +418,10 @@ def _stored_files() -> list[Path]:
     return sorted(path for path in found if STORED.fullmatch(path.relative_to(store()).as_posix()))
 
 
-def _records() -> Iterator[tuple[_Stored, dict[str, Any]]]:
+def _records() -> Iterator[tuple[Stored, dict[str, Any]]]:
     for path in _stored_files():
         if path.suffix == ".json":
-            yield _Stored(path.parent.parent.name, path.stem), _record(path)
+            yield Stored(path.parent.parent.name, path.stem), _record(path)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -455,7 +477,7 @@ def gc() -> list[str]:
     """Remove every stored file that no data/*/*/manifest.json names; refuses while a stage is writing.
 
     Files of others in the folder stay; those of another clone's stages look like ours and go.
-    The finished shards of an interrupted run are named by none yet and go too.
+    The finished shards of an interrupted run, also of `model.predict`, are named by none yet and go too.
     """
     with contextlib.ExitStack() as held:
         for path in sorted(LOCKS.glob("*.lock")):

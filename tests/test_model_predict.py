@@ -1,10 +1,22 @@
+"""A catalogue on disk: its lines, its shards, and what is left of it by whom."""
+
 import argparse
 import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from model import predict
 from pipeline import mave
+from pipeline.reading import store
 
 
 def test_every_line_is_read_also_blank_ones_and_the_last_without_an_end(tmp_path):
@@ -12,7 +24,6 @@ def test_every_line_is_read_also_blank_ones_and_the_last_without_an_end(tmp_path
     path.write_bytes(gzip.compress(b"one\n\ntwo\nthree"))
     with mave.opened(path) as file:
         assert list(predict.raw_lines(file)) == [b"one\n", b"\n", b"two\n", b"three"]
-    assert predict.num_lines(path) == 4
 
 
 def test_only_the_beginning_of_a_line_that_is_too_long_is_kept(tmp_path, monkeypatch):
@@ -24,7 +35,7 @@ def test_only_the_beginning_of_a_line_that_is_too_long_is_kept(tmp_path, monkeyp
 
 
 def command(tmp_path, **changes):
-    options = {"model": tmp_path, "input": tmp_path / "in.jsonl", "output": tmp_path / "out.jsonl"}
+    options = {"model": tmp_path / "model", "input": tmp_path / "in.jsonl", "output": tmp_path / "out.jsonl"}
     more = {"images": None, "hosts": (), "attributes": None, "min_precision": None, "batch_size": 4}
     return argparse.Namespace(**options | more | changes)
 
@@ -55,3 +66,135 @@ def test_help_says_what_goes_in_and_comes_out(capsys):
     told = capsys.readouterr().out
     for word in ("--min-precision", "imageURLHighRes", "status", "source", "one line of JSON each"):
         assert word in told
+
+
+def echo(settings, *, log, seconds=0.0, kills=None):
+    """Answers a line with its own number, and tells `log` of it; line `kills` ends the process."""
+
+    def process(rows):
+        for row in rows:
+            if row["asin"] == kills:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            with log.open("a") as file:
+                file.write(row["asin"] + "\n")
+            time.sleep(seconds)
+            yield Counter(["ok", "image: ok"])
+            yield {"asin": row["asin"], "status": "ok", "answer": json.dumps({"of": row["asin"]})}
+
+    return process
+
+
+NUM_LINES = 3 * predict.SHARD + 5
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with something like a trained model and a catalogue of four shards."""
+    monkeypatch.chdir(tmp_path)
+    about = {"architecture": "model.smartave", "attributes": [], "attributes_by_category": {}}
+    about |= {"products": {"kind": "mave", "drop_sources": []}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "provenance.json").write_text(json.dumps(about))
+    lines = [json.dumps({"asin": f"B{number:09}", "title": "Mug"}) for number in range(1, NUM_LINES + 1)]
+    (tmp_path / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=tmp_path / "log"))
+    return tmp_path
+
+
+EXPECTED = "".join(f'{{"of": "line {number}"}}\n' for number in range(1, NUM_LINES + 1))
+
+
+def left(folder):
+    """Files that a run leaves besides what it was given and its output."""
+    given = {"in.jsonl", "in.jsonl.gz", "log", "out.jsonl"}
+    found = {path.name for path in folder.iterdir() if path.is_file()} - given
+    return found | {path.name for path in store().rglob("*") if path.is_file()}
+
+
+def test_answers_come_in_the_order_of_the_lines_and_nothing_else_is_left(workspace):
+    tally = predict.run(command(workspace))
+    assert (workspace / "out.jsonl").read_text() == EXPECTED
+    assert tally.counts == {"ok": NUM_LINES, "image: ok": NUM_LINES}
+    assert left(workspace) == set()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_zipped_catalogue_and_other_numbers_of_workers_give_the_same_bytes(workspace, monkeypatch, workers):
+    monkeypatch.setenv("SMARTAVE_WORKERS", workers)
+    (workspace / "in.jsonl.gz").write_bytes(gzip.compress((workspace / "in.jsonl").read_bytes()))
+    (workspace / "in.jsonl").unlink()
+    predict.run(command(workspace, input=workspace / "in.jsonl.gz"))
+    assert (workspace / "out.jsonl").read_text() == EXPECTED
+    assert left(workspace) == set()
+
+
+SLOW = """
+import sys
+from functools import partial
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_model_predict as here
+
+if __name__ == "__main__":
+    here.predict.make_worker = partial(here.echo, log=Path("log"), seconds=0.002)
+    here.predict.run(here.command(Path()))
+"""
+
+
+def test_killed_the_same_command_goes_on_where_it_was(workspace, monkeypatch):
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    script, tests = workspace / "log.py", Path(__file__).parent
+    script.write_text(SLOW.format(tests=str(tests), root=str(tests.parent)))
+    process, log = subprocess.Popen([sys.executable, str(script)]), workspace / "log"
+    try:
+        while not log.is_file() or len(log.read_text().splitlines()) < 2 * predict.SHARD + 9:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    script.unlink()
+    assert not (workspace / "out.jsonl").exists()
+    log.unlink()
+    predict.run(command(Path()))
+    assert (workspace / "out.jsonl").read_text() == EXPECTED
+    again = log.read_text().splitlines()
+    assert 5 <= len(again) <= predict.SHARD + 5  # not the two shards that were done
+    assert left(workspace) == set()
+
+
+def test_a_line_that_kills_its_process_is_a_line_with_a_reason(workspace, monkeypatch):
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=workspace / "log", kills="line 300"))
+    monkeypatch.setattr(predict, "SHARD", NUM_LINES - 310)  # each line of its shard is tried alone
+    tally = predict.run(command(workspace))
+    answers = (workspace / "out.jsonl").read_text().splitlines()
+    killed = {"asin": "B000000300", "status": "kills_worker", "image": None, "attributes": []}
+    assert json.loads(answers.pop(299)) == killed
+    assert answers == [line for line in EXPECTED.splitlines() if '"line 300"' not in line]
+    assert tally.counts["kills_worker"] == 1
+
+
+def test_a_catalogue_that_changes_while_it_is_read_is_an_error(workspace):
+    shard = predict.in_shards(workspace / "in.jsonl")[1]
+    assert shard.ends == ("line 257", "line 512")
+    assert json.loads(shard.load()[0]["raw"])["asin"] == "B000000257"
+    text = (workspace / "in.jsonl").read_text()
+    (workspace / "in.jsonl").write_text(text.replace("B000000300", "B000000301"))
+    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was read"):
+        shard.load()
+
+
+def test_another_model_or_setting_takes_no_answer_of_an_interrupted_run(workspace, monkeypatch):
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=workspace / "log"))
+    chunks = predict.in_shards(workspace / "in.jsonl")
+
+    def fingerprint(**changes):
+        given = {"model": str(workspace / "model"), "images": None, "hosts": (), "attributes": None}
+        settings = predict.Settings(**given | {"min_precision": None, "batch_size": 4} | changes)
+        return predict.job(settings, Path("out.jsonl"), chunks).made_with()
+
+    before = fingerprint()
+    assert fingerprint(model=f"{workspace}/./model") == before  # by content
+    assert fingerprint(batch_size=5) != before
+    (workspace / "model" / "model.safetensors").write_bytes(b"0")
+    assert fingerprint() != before
