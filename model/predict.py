@@ -43,8 +43,8 @@ from pipeline.provenance import digest
 from pipeline.tally import Tally
 from pipeline.unzip import GZIP_MAGIC
 
-SHARD = 8 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
-THREADS = 2
+SHARD = 4 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
+THREADS = 1  # as OCR and regions
 ANSWERED = pa.schema([("asin", pa.string()), ("status", pa.string()), ("answer", pa.string())])
 LIBRARIES = ("easyocr", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
 

@@ -164,22 +164,22 @@ def test_killed_the_same_command_goes_on_where_it_was(workspace, monkeypatch):
 
 
 def test_a_line_that_kills_its_process_is_a_line_with_a_reason(workspace, monkeypatch):
-    monkeypatch.setattr(predict, "make_worker", partial(echo, log=workspace / "log", kills="line 300"))
-    monkeypatch.setattr(predict, "SHARD", NUM_LINES - 310)  # each line of its shard is tried alone
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=workspace / "log", kills="line 150"))
+    monkeypatch.setattr(predict, "SHARD", NUM_LINES - 160)  # each line of its shard is tried alone
     tally = predict.run(command(workspace))
     answers = (workspace / "out.jsonl").read_text().splitlines()
-    killed = {"asin": "B000000300", "status": "kills_worker", "image": None, "attributes": []}
-    assert json.loads(answers.pop(299)) == killed
-    assert answers == [line for line in EXPECTED.splitlines() if '"line 300"' not in line]
+    killed = {"asin": "B000000150", "status": "kills_worker", "image": None, "attributes": []}
+    assert json.loads(answers.pop(149)) == killed
+    assert answers == [line for line in EXPECTED.splitlines() if '"line 150"' not in line]
     assert tally.counts["kills_worker"] == 1
 
 
 def test_a_catalogue_that_changes_while_it_is_read_is_an_error(workspace):
     shard = predict.in_shards(workspace / "in.jsonl")[1]
-    assert shard.ends == ("line 257", "line 512")
-    assert json.loads(shard.load()[0]["raw"])["asin"] == "B000000257"
+    assert shard.ends == ("line 129", "line 256")
+    assert json.loads(shard.load()[0]["raw"])["asin"] == "B000000129"
     text = (workspace / "in.jsonl").read_text()
-    (workspace / "in.jsonl").write_text(text.replace("B000000300", "B000000301"))
+    (workspace / "in.jsonl").write_text(text.replace("B000000200", "B000000201"))
     with pytest.raises(ValueError, match=r"in\.jsonl changed while it was read"):
         shard.load()
 
