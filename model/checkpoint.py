@@ -34,7 +34,9 @@ def load(folder: Path) -> tuple[Any, Any]:
     that the architecture has today: transformers would draw the others by chance.
     """
     import torch
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
     name = provenance(folder)["architecture"]
     architecture = importlib.import_module(name)
     model, told = architecture.Model.from_pretrained(

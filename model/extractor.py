@@ -141,7 +141,7 @@ class Seen:
             settings = settings.model_copy(update={"base": str(folder)})
             fetch = images.make_worker(settings)
         names = {f"{number:06}": line.url for number, line in enumerate(lines)}
-        pictures = list(fetch(images.inputs(names, settings)))
+        pictures = list(fetch(images.inputs(names.items(), settings)))
         fields: list[dict[str, Any]] = [{} for _ in lines]
         for row, read in zip(self.ocr(pictures) if self.ocr else (), fields, strict=False):
             read["ocr"] = tuple(

@@ -103,15 +103,17 @@ def read_local(settings: Settings, name: str) -> bytes | pictures.Verdict:
         return pictures.Verdict("missing", reason)
 
 
-def inputs(urls: dict[str, str | None], settings: Settings) -> list[dict[str, Any]]:
-    """Rows `asin, url, local`: `local` is a local image's content, so that a changed file is another shard.
+def inputs(urls: Iterable[tuple[str, str | None]], settings: Settings) -> list[dict[str, Any]]:
+    """Rows `asin, url, local` of pairs (asin, url).
+
+    `local` is a local image's content, so that a changed file is another shard.
 
     Raises `ValueError` when `base` is no folder or its images in use do not match `base_sha256`.
     """
     if settings.base is not None and not Path(settings.base).is_dir():
         raise ValueError(f"images.base: {settings.base} is not a folder")
     rows = []
-    for asin, url in tqdm(urls.items(), desc="images looked for", disable=None, leave=False):
+    for asin, url in urls:
         local = url is not None and settings.base is not None and not A_URL.match(url)
         url = None if url is None else sized(url, settings.cdn_size_px)
         rows.append(
@@ -261,7 +263,8 @@ def job(corpus: str, settings: Settings) -> shards.Job:
     if settings.hosts:  # else nothing is asked for
         at_once = shards.executor(threads=1, at_once=settings.concurrency)[1]
         settings = share(settings, at_once)
-    rows = inputs(wanted(Path("data") / corpus / "products.parquet"), settings)
+    urls = wanted(Path("data") / corpus / "products.parquet").items()
+    rows = inputs(tqdm(urls, desc="images looked for", disable=None, leave=False), settings)
     return shards.Job(
         stage="images",
         corpus=corpus,
