@@ -106,16 +106,22 @@ def here(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "device": "auto"} if settings.get("device") == "cuda" else settings
 
 
-class Seen:
-    """What a model may see of pictures: fetched, read and cut into regions as for its training."""
+def of_pictures(provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str]) -> images.Settings:
+    """The settings of the training, with other places."""
+    places = {"base": str(folder) if folder is not None else None, "base_sha256": None, "hosts": list(hosts)}
+    return images.Settings.model_validate({**provenance.get("images", {}), **places})
 
-    def __init__(self, provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str]) -> None:
-        places = {
-            "base": str(folder) if folder is not None else None,
-            "base_sha256": None,
-            "hosts": list(hosts),
-        }
-        self.settings = images.Settings.model_validate({**provenance.get("images", {}), **places})
+
+class Seen:
+    """What a model may see of pictures: fetched, read and cut into regions as for its training.
+
+    `processes` do so at the same time, and share what may be asked of a host.
+    """
+
+    def __init__(
+        self, provenance: dict[str, Any], folder: Path | None, hosts: Sequence[str], processes: int = 1
+    ) -> None:
+        self.settings = images.share(of_pictures(provenance, folder, hosts), processes)
         self.fetch: Process = images.make_worker(self.settings)
         looks = {"ocr": True, "image": True, **provenance["settings"]}
         self.ocr: Process | None = None
@@ -214,11 +220,12 @@ class Extractor:
         hosts: Sequence[str] = (),
         least_score: float = 0.0,
         batch_size: int = 64,
+        processes: int = 1,
     ) -> None:
         self.model, self.processor, self.provenance = model, processor, provenance
         self.least_score, self.batch_size = least_score, batch_size
         self.reader = Reader(provenance)
-        self.seen = Seen(provenance, images, hosts)
+        self.seen = Seen(provenance, images, hosts, processes)
 
     @classmethod
     def from_pretrained(
@@ -229,6 +236,7 @@ class Extractor:
         hosts: Sequence[str] = (),
         min_precision: float | None = None,
         batch_size: int = 64,
+        processes: int = 1,
     ) -> "Extractor":
         """From what model.train wrote.
 
@@ -237,6 +245,7 @@ class Extractor:
             hosts: URLs of pictures are fetched from these only.
             min_precision: leave out values scored under the threshold that gives it on validation.
             batch_size: questions at a time.
+            processes: as many share what may be asked of a host at a time.
 
         Raises `ValueError` when the folder is no trained model or no threshold gives the precision.
         """
@@ -250,6 +259,7 @@ class Extractor:
             hosts=hosts,
             least_score=least_score(folder, min_precision),
             batch_size=batch_size,
+            processes=processes,
         )
 
     def __call__(

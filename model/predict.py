@@ -35,7 +35,7 @@ import pyarrow as pa
 
 from features import devices
 from model import checkpoint
-from model.extractor import CHUNK, Extractor, Reader, least_score
+from model.extractor import CHUNK, Extractor, Reader, least_score, of_pictures
 from pipeline import mave, params, progress, shards
 from pipeline.disk import atomically
 from pipeline.lines import BLOCK_BYTES
@@ -58,6 +58,7 @@ class Settings(params.Settings):
     attributes: tuple[str, ...] | None
     min_precision: float | None
     batch_size: int
+    processes: int = 1  # that ask the hosts at the same time
 
 
 def raw_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -140,6 +141,7 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.M
         hosts=settings.hosts,
         min_precision=settings.min_precision,
         batch_size=settings.batch_size,
+        processes=settings.processes,
     )
 
     def process(rows: shards.Rows) -> Iterator[shards.Made]:
@@ -162,13 +164,19 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Path(settings.model)
     content = {path.name: shards.sha256_of(path) for path in sorted(model.iterdir()) if path.is_file()}
-    architecture = checkpoint.provenance(model)["architecture"]
+    provenance = checkpoint.provenance(model)
+    architecture = provenance["architecture"]
+    most, at_once = devices.max_workers(device), None
+    if settings.hosts:  # else nothing is asked for
+        limits = of_pictures(provenance, None, settings.hosts)
+        at_once = shards.executor(THREADS, most, limits.concurrency)[1]
+        settings = settings.model_copy(update={"processes": at_once})
     return shards.Job(
         stage="predict",
         corpus=output.name,
         module="model.predict",
         settings=settings,
-        unseen=frozenset({"model"}),  # by content
+        unseen=frozenset({"model", "processes"}),  # the model counts by its content
         schema=ANSWERED,
         chunks=chunks,
         make_worker=make_worker,
@@ -176,7 +184,8 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
         weights={**content, architecture: shards.code_digest(architecture)},
         precision=device,
         threads=THREADS,
-        max_workers=devices.max_workers(device),
+        max_workers=most,
+        at_once=at_once,
         lost={"answer": None},
         unit="line",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from model import predict
+from model.extractor import Seen
 from pipeline import mave
 from pipeline.reading import store
 
@@ -196,5 +197,27 @@ def test_another_model_or_setting_takes_no_answer_of_an_interrupted_run(workspac
     before = fingerprint()
     assert fingerprint(model=f"{workspace}/./model") == before  # by content
     assert fingerprint(batch_size=5) != before
+    assert fingerprint(processes=2) == before
     (workspace / "model" / "model.safetensors").write_bytes(b"0")
     assert fingerprint() != before
+
+
+def test_processes_share_what_may_be_asked_of_a_host(workspace, monkeypatch):
+    about = workspace / "model" / "provenance.json"
+    limits = {"images": {"concurrency": 6, "requests_per_s": 10.0}}
+    about.write_text(json.dumps(json.loads(about.read_text()) | limits))
+    given = {"model": str(workspace / "model"), "images": None, "attributes": None, "min_precision": None}
+
+    def asked(workers, hosts):
+        monkeypatch.setenv("SMARTAVE_WORKERS", workers)
+        settings = predict.Settings(**given, hosts=hosts, batch_size=4)
+        return predict.job(settings, Path("out.jsonl"), [])
+
+    assert asked("3", ()).settings.processes == 1  # nothing is asked for
+    made = asked("3", ("a.example",))
+    assert (made.at_once, made.settings.processes) == (3, 3)
+    provenance = json.loads(about.read_text()) | {"settings": {"ocr": False, "image": False}}
+    each = Seen(provenance, None, ["a.example"], made.settings.processes).settings
+    assert (each.concurrency, each.requests_per_s) == (2, pytest.approx(10 / 3))
+    with pytest.raises(ValueError, match="7 workers cannot share at most 6 requests"):
+        Seen(provenance, None, ["a.example"], asked("7", ("a.example",)).settings.processes)
