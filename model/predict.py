@@ -14,7 +14,8 @@ and `begin`, `end` in its characters.
 
 Lines are answered in shards, as slow stages make theirs: by SMARTAVE_WORKERS processes (default: as many as
 keep all cores busy, one on a GPU) or on Dask (SMARTAVE_EXECUTOR, SMARTAVE_DASK), the output being the same.
-Killed anywhere, the same command goes on where it was.
+Killed anywhere, the same command goes on where it was, and asks again for pictures that failed for now. What
+is zipped is unzipped into the store (SMARTAVE_STORE) meanwhile.
 """
 
 import argparse
@@ -38,20 +39,35 @@ from model import checkpoint
 from model.extractor import CHUNK, Extractor, Reader, least_score, of_pictures
 from pipeline import mave, params, progress, shards
 from pipeline.disk import atomically
+from pipeline.images import TRANSIENT
 from pipeline.lines import BLOCK_BYTES
 from pipeline.provenance import digest
+from pipeline.reading import store
 from pipeline.tally import Tally
 from pipeline.unzip import GZIP_MAGIC
 
-SHARD = 4 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
+SHARD = 2 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
+SHARD_BYTES = 32 << 20  # with which a shard ends as well
 THREADS = 1  # as OCR and regions
 ANSWERED = pa.schema([("asin", pa.string()), ("status", pa.string()), ("answer", pa.string())])
-LIBRARIES = ("easyocr", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
+LIBRARIES = (
+    "easyocr",
+    "numpy",
+    "onnxruntime",
+    "opencv-python-headless",
+    "pillow",
+    "rapidocr",
+    "tokenizers",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 
 class Settings(params.Settings):
-    """What an answer depends on besides its line and the model."""
+    """What an answer depends on besides line and model. No other run takes the shards of an output."""
 
+    output: str
     model: str
     images: str | None
     hosts: tuple[str, ...]
@@ -92,43 +108,46 @@ class Lines:
         with self.path.open("rb") as file:
             file.seek(self.begin)
             raws = list(islice(raw_lines(file), self.num_rows))
-        if sha256_of(raws) != self.sha256:
+        if hashlib.sha256(b"".join(raws)).hexdigest() != self.sha256:
             raise ValueError(f"{self.path} changed while it was read; run again")
         return [{"asin": f"line {self.first + at}", "raw": raw} for at, raw in enumerate(raws)]
-
-
-def sha256_of(raws: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(raws)).hexdigest()
 
 
 def in_shards(path: Path) -> list[Lines]:
     """A plain file, cut."""
     found: list[Lines] = []
-    begin, first = 0, 1
+    begin, first, sha256 = 0, 1, hashlib.sha256()
+
+    def close(number: int, end: int) -> None:
+        nonlocal begin, first, sha256
+        found.append(Lines(path, begin, first, number + 1 - first, sha256.hexdigest()))
+        bar.update(end - begin)
+        begin, first, sha256 = end, number + 1, hashlib.sha256()
+
+    number = 0
     with path.open("rb") as file, progress.of_bytes(path, path.stat().st_size) as bar:
-        lines = raw_lines(file)
-        while raws := list(islice(lines, SHARD)):
-            found.append(Lines(path, begin, first, len(raws), sha256_of(raws)))
-            bar.update(file.tell() - begin)
-            begin, first = file.tell(), first + len(raws)
+        for number, raw in enumerate(raw_lines(file), 1):
+            sha256.update(raw)
+            if number + 1 - first == SHARD or file.tell() - begin >= SHARD_BYTES:
+                close(number, file.tell())
+        if number >= first:
+            close(number, file.tell())
     return found
 
 
 @contextlib.contextmanager
-def plain(path: Path, output: Path) -> Iterator[Path]:
-    """The file; of one that is zipped what it holds, which stands beside the output meanwhile."""
-    unzipped = output.with_name(f".{output.name}.input")
+def plain(path: Path, name: str) -> Iterator[Path]:
+    """The file; of one that is zipped what it holds, which the store has meanwhile under a name."""
+    unzipped = store() / "predict" / f"{name}.input"
     with path.open("rb") as file:
         is_zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    try:
-        with mave.opened(path) as content:  # which tells a pointer from data
-            if is_zipped:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                with unzipped.open("wb") as copy:
-                    shutil.copyfileobj(content, copy, BLOCK_BYTES)
+    with mave.opened(path) as content, contextlib.ExitStack() as stack:  # which tells a pointer from data
+        if is_zipped:
+            unzipped.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(unzipped.unlink, missing_ok=True)
+            with unzipped.open("wb") as copy:
+                shutil.copyfileobj(content, copy, BLOCK_BYTES)
         yield unzipped if is_zipped else path
-    finally:
-        unzipped.unlink(missing_ok=True)
 
 
 def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.Made]]:
@@ -151,7 +170,7 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.M
             yield Counter([answer["status"], *([f"image: {answer['image']}"] if answer["image"] else [])])
             yield {
                 "asin": row["asin"],
-                "status": answer["status"],
+                "status": answer["image"] if answer["image"] in TRANSIENT else answer["status"],
                 "answer": json.dumps(answer, ensure_ascii=False),
             }
 
@@ -163,8 +182,10 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Path(settings.model)
-    content = {path.name: shards.sha256_of(path) for path in sorted(model.iterdir()) if path.is_file()}
     provenance = checkpoint.provenance(model)
+    named = (Path(str(provenance.get(stage, {}).get("weights"))) for stage in ("ocr", "regions"))
+    files = [*sorted(model.iterdir()), *named]
+    content = {path.name: shards.sha256_of(path) for path in files if path.is_file()}
     architecture = provenance["architecture"]
     most, at_once = devices.max_workers(device), None
     if settings.hosts:  # else nothing is asked for
@@ -186,6 +207,7 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
         threads=THREADS,
         max_workers=most,
         at_once=at_once,
+        transient=TRANSIENT,
         lost={"answer": None},
         unit="line",
     )
@@ -204,7 +226,11 @@ def run(arguments: argparse.Namespace) -> Tally:
     for name in sorted(set(arguments.attributes or ()) - set(provenance["attributes"])):
         sys.stderr.write(f"{name}: the model was not trained on this attribute, and is asked all the same\n")
     output = arguments.output
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder")
+    shards.executor(THREADS)  # which raises for a wrong environment
     settings = Settings(
+        output=str(output.resolve()),
         model=str(arguments.model),
         images=None if arguments.images is None else str(arguments.images),
         hosts=tuple(arguments.hosts),
@@ -213,16 +239,18 @@ def run(arguments: argparse.Namespace) -> Tally:
         batch_size=arguments.batch_size,
     )
     lock = f"{re.sub(r'[^0-9A-Za-z_-]', '_', output.name)}-{digest(str(output.resolve()))[:8]}"
-    with shards.sole_writer("predict", lock), plain(arguments.input, output) as path:
+    with shards.sole_writer("predict", lock), plain(arguments.input, lock) as path:
         chunks = in_shards(path)
         asked = job(settings, output, chunks)
-        made, records = shards.make(asked, asked.made_with())
+        made_with = asked.made_with()
+        take_up(shards.stored(asked, made_with), arguments.anew)
+        made, records = shards.make(asked, made_with)
         reader = Reader(provenance)
         with atomically(output) as temporary, temporary.open("wb") as file:
             for chunk, shard in zip(chunks, made, strict=True):
                 file.writelines(f"{answer}\n".encode() for answer in answers(chunk, shard, reader))
-    for shard in made:  # only for who was killed: pictures and texts may be others tomorrow
-        shard.forget()
+        for shard in made:  # pictures may be others tomorrow
+            shard.forget()
     tally = Tally()
     for record in records:
         tally.counts.update(record["measured"])
@@ -231,12 +259,26 @@ def run(arguments: argparse.Namespace) -> Tally:
     return tally
 
 
+def take_up(made: Sequence[shards.Stored], anew: bool) -> None:
+    """Tell what an interrupted run has left, or forget it."""
+    found = [shard for shard in made if shard.path.is_file()]
+    if anew:
+        for shard in found:
+            shard.forget()
+    elif found:
+        sys.stderr.write(
+            f"{len(found)} of {len(made)} shards are of a run that did not end, with the pictures that there "
+            "were then; --anew answers them again\n"
+        )
+
+
 def answers(chunk: Lines, shard: shards.Stored, reader: Reader) -> Iterator[str]:
     """The lines of the output for those of a shard."""
     for at, row in enumerate(shard.rows()):
         if row["status"] == shards.KILLS_WORKER:
             asin = reader.read(chunk.load()[at]["raw"]).asin
-            yield json.dumps({"asin": asin, "status": row["status"], "image": None, "attributes": []})
+            none = {"asin": asin, "status": row["status"], "image": None, "attributes": []}
+            yield json.dumps(none, ensure_ascii=False)
         else:
             yield row["answer"]
 
@@ -261,6 +303,7 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
         help="leave out values scored under the threshold that gives this precision on validation",
     )
     add("--batch-size", type=_positive, default=64, metavar="N", help="questions at a time (default: 64)")
+    add("--anew", action="store_true", help="take nothing of a run of the same command that did not end")
     return parser.parse_args(command_line)
 
 

@@ -41,7 +41,8 @@ def _work(key: str, open_worker: Callable[[], Handle], task: Any) -> tuple[int, 
         rows += number
 
     try:
-        return rows, opened[key](task, tick)
+        result = opened[key](task, tick)
+        return rows, result
     except Exception as error:  # noqa: BLE001 - as above
         raise ValueError(message(error)) from None
 

@@ -56,6 +56,7 @@ __all__ = [
     "run",
     "sha256_of",
     "sole_writer",
+    "stored",
     "write_json",
 ]
 
@@ -64,7 +65,7 @@ KILLS_WORKER = "kills_worker"  # status of a row with which worker after worker 
 LAYOUT = 2  # of a stored shard; part of every fingerprint
 STORED = re.compile(  # below the store; what has another name was not written here
     r"\w+/([0-9a-f]{2})/\1[0-9a-f]{62}\.(parquet|json|unfinished)|mapped/[0-9a-f]{64}\.arrow"
-    r"|(\w+/[0-9a-f]{2}|mapped)/\..+\.tmp"
+    r"|(\w+/[0-9a-f]{2}|mapped)/\..+\.tmp|predict/[\w-]+\.input"
 )
 
 Made = dict[str, Any] | Counter[str]  # a row of the output, or counts of what was measured
@@ -145,7 +146,7 @@ class Stored:
         return self.path.with_suffix(".unfinished")
 
     def rows(self) -> Rows:
-        found: Rows = read(self.path).to_pylist()
+        found: Rows = read(self.path if self.path.is_file() else self.unfinished).to_pylist()
         return found
 
     def forget(self) -> None:
@@ -252,13 +253,18 @@ def run(job: Job) -> Path:
     return job.output
 
 
+def stored(job: Job, made_with: dict[str, Any]) -> list[Stored]:
+    """Where the shards of `job` are or will be."""
+    return [Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
+
+
 def make(job: Job, made_with: dict[str, Any]) -> tuple[list[Stored], list[dict[str, Any]]]:
     """Every shard of `job` in the store, and its record; for who sees to it that nobody else makes them.
 
     Raises as `run` does.
     """
     name = f"{job.stage} of {job.corpus}"
-    shards = [Stored(job.stage, digest([made_with, chunk.digest])) for chunk in job.chunks]
+    shards = stored(job, made_with)
     records = [shard.record() for shard in shards]
     todo = {
         index: _Task(job.chunks[index], shards[index])
@@ -414,7 +420,8 @@ def _folders() -> list[Path]:
 
 
 def _stored_files() -> list[Path]:
-    found = [path for pattern in ("*/??/*", "mapped/*") for path in store().glob(pattern) if path.is_file()]
+    patterns = ("*/??/*", "mapped/*", "predict/*.input")
+    found = [path for pattern in patterns for path in store().glob(pattern) if path.is_file()]
     return sorted(path for path in found if STORED.fullmatch(path.relative_to(store()).as_posix()))
 
 

@@ -38,7 +38,7 @@ def test_only_the_beginning_of_a_line_that_is_too_long_is_kept(tmp_path, monkeyp
 def command(tmp_path, **changes):
     options = {"model": tmp_path / "model", "input": tmp_path / "in.jsonl", "output": tmp_path / "out.jsonl"}
     more = {"images": None, "hosts": (), "attributes": None, "min_precision": None, "batch_size": 4}
-    return argparse.Namespace(**options | more | changes)
+    return argparse.Namespace(**options | more | {"anew": False} | changes)
 
 
 def test_a_missing_catalogue_folder_or_model_is_a_clear_error(tmp_path):
@@ -69,18 +69,20 @@ def test_help_says_what_goes_in_and_comes_out(capsys):
         assert word in told
 
 
-def echo(settings, *, log, seconds=0.0, kills=None):
-    """Answers a line with its own number, and tells `log` of it; line `kills` ends the process."""
+def echo(settings, *, log, seconds=0.0, kills=None, image="ok", fails=None):
+    """Answers a line with its own number, and tells `log` of it; some line may kill or fail."""
 
     def process(rows):
         for row in rows:
             if row["asin"] == kills:
                 os.kill(os.getpid(), signal.SIGSEGV)
+            if row["asin"] == fails:
+                raise ValueError("no more of this")
             with log.open("a") as file:
                 file.write(row["asin"] + "\n")
             time.sleep(seconds)
-            yield Counter(["ok", "image: ok"])
-            yield {"asin": row["asin"], "status": "ok", "answer": json.dumps({"of": row["asin"]})}
+            yield Counter(["ok", f"image: {image}"])
+            yield {"asin": row["asin"], "status": image, "answer": json.dumps({"of": row["asin"]})}
 
     return process
 
@@ -175,12 +177,70 @@ def test_a_line_that_kills_its_process_is_a_line_with_a_reason(workspace, monkey
     assert tally.counts["kills_worker"] == 1
 
 
+def broken_off(workspace, monkeypatch, **how):
+    """A run that fails at its second shard."""
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    log = workspace / "log"
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=log, fails="line 70", **how))
+    with pytest.raises(ValueError, match=r"shard 00001 \(line 65 to line 128\): no more of this"):
+        predict.run(command(workspace))
+    assert len(log.read_text().splitlines()) == 69
+    log.unlink()
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=log))
+
+
+def test_what_an_interrupted_run_answered_is_told_and_may_be_answered_anew(workspace, monkeypatch, capsys):
+    for anew in (False, True):
+        broken_off(workspace, monkeypatch)
+        capsys.readouterr()
+        predict.run(command(workspace, anew=anew))
+        assert ("1 of 4 shards are of a run that did not end" in capsys.readouterr().err) is not anew
+        again = (workspace / "log").read_text().splitlines()
+        assert len(again) == (NUM_LINES if anew else NUM_LINES - predict.SHARD)
+        assert (workspace / "out.jsonl").read_text() == EXPECTED
+        assert left(workspace) == set()
+        (workspace / "log").unlink()
+
+
+def test_pictures_that_failed_for_now_are_asked_for_again_by_the_run_that_goes_on(workspace, monkeypatch):
+    broken_off(workspace, monkeypatch, image="transient")
+    assert predict.run(command(workspace)).counts == {"ok": NUM_LINES, "image: ok": NUM_LINES}
+    assert len((workspace / "log").read_text().splitlines()) == NUM_LINES
+
+
+def test_where_pictures_fail_to_the_end_the_output_says_so(workspace, monkeypatch):
+    monkeypatch.setattr(predict, "make_worker", partial(echo, log=workspace / "log", image="transient"))
+    assert predict.run(command(workspace)).counts == {"ok": NUM_LINES, "image: transient": NUM_LINES}
+    assert (workspace / "out.jsonl").read_text() == EXPECTED
+    assert left(workspace) == set()
+
+
+def test_a_shard_of_long_lines_has_fewer(workspace, monkeypatch):
+    monkeypatch.setattr(predict, "SHARD_BYTES", 1000)
+    found = predict.in_shards(workspace / "in.jsonl")
+    size = len((workspace / "in.jsonl").read_text().splitlines()[0]) + 1
+    assert {shard.num_rows for shard in found[:-1]} == {-(-1000 // size)}
+    assert sum(shard.num_rows for shard in found) == NUM_LINES
+    assert [row["asin"] for shard in found for row in shard.load()] == [
+        f"line {number}" for number in range(1, NUM_LINES + 1)
+    ]
+
+
+def test_a_wrong_environment_or_a_folder_in_the_output_s_place_is_told_at_once(workspace, monkeypatch):
+    with pytest.raises(ValueError, match="model is a folder"):
+        predict.run(command(workspace, output=workspace / "model"))
+    monkeypatch.setenv("SMARTAVE_WORKERS", "0")
+    monkeypatch.setattr(predict, "in_shards", None)
+    with pytest.raises(ValueError, match="SMARTAVE_WORKERS must be a whole number"):
+        predict.run(command(workspace))
+
+
 def test_a_catalogue_that_changes_while_it_is_read_is_an_error(workspace):
     shard = predict.in_shards(workspace / "in.jsonl")[1]
-    assert shard.ends == ("line 129", "line 256")
-    assert json.loads(shard.load()[0]["raw"])["asin"] == "B000000129"
+    assert shard.ends == ("line 65", "line 128")
+    assert json.loads(shard.load()[0]["raw"])["asin"] == "B000000065"
     text = (workspace / "in.jsonl").read_text()
-    (workspace / "in.jsonl").write_text(text.replace("B000000200", "B000000201"))
+    (workspace / "in.jsonl").write_text(text.replace("B000000100", "B000000101"))
     with pytest.raises(ValueError, match=r"in\.jsonl changed while it was read"):
         shard.load()
 
@@ -191,6 +251,7 @@ def test_another_model_or_setting_takes_no_answer_of_an_interrupted_run(workspac
 
     def fingerprint(**changes):
         given = {"model": str(workspace / "model"), "images": None, "hosts": (), "attributes": None}
+        given["output"] = "out.jsonl"
         settings = predict.Settings(**given | {"min_precision": None, "batch_size": 4} | changes)
         return predict.job(settings, Path("out.jsonl"), chunks).made_with()
 
@@ -198,6 +259,7 @@ def test_another_model_or_setting_takes_no_answer_of_an_interrupted_run(workspac
     assert fingerprint(model=f"{workspace}/./model") == before  # by content
     assert fingerprint(batch_size=5) != before
     assert fingerprint(processes=2) == before
+    assert fingerprint(output="other.jsonl") != before  # which would forget what this one needs
     (workspace / "model" / "model.safetensors").write_bytes(b"0")
     assert fingerprint() != before
 
@@ -207,6 +269,7 @@ def test_processes_share_what_may_be_asked_of_a_host(workspace, monkeypatch):
     limits = {"images": {"concurrency": 6, "requests_per_s": 10.0}}
     about.write_text(json.dumps(json.loads(about.read_text()) | limits))
     given = {"model": str(workspace / "model"), "images": None, "attributes": None, "min_precision": None}
+    given["output"] = "out.jsonl"
 
     def asked(workers, hosts):
         monkeypatch.setenv("SMARTAVE_WORKERS", workers)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -287,6 +288,17 @@ def test_dask_gives_the_bytes_of_local_with_the_threads_of_the_job(monkeypatch):
         monkeypatch.setenv("SMARTAVE_STORE", f"elsewhere-{number}")
         monkeypatch.setenv("SMARTAVE_WORKERS", number)
         assert contents(shards.run(job(tells_threads, threads=3))) == one
+
+
+def test_dask_tells_how_many_rows_are_done(monkeypatch):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "dask")
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    done = []
+    monkeypatch.setattr(
+        shards, "progress_bar", lambda *args, **how: contextlib.nullcontext(mock.Mock(update=done.append))
+    )
+    shards.run(job())
+    assert sum(done) == len(ASINS)
 
 
 def test_a_scheduler_that_runs_already_is_used(monkeypatch):
