@@ -183,9 +183,9 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Path(settings.model)
     provenance = checkpoint.provenance(model)
-    named = (Path(str(provenance.get(stage, {}).get("weights"))) for stage in ("ocr", "regions"))
-    files = [*sorted(model.iterdir()), *named]
-    content = {path.name: shards.sha256_of(path) for path in files if path.is_file()}
+    named = {path.name: path for path in sorted(model.iterdir())}
+    named |= {stage: Path(str(provenance.get(stage, {}).get("weights"))) for stage in ("ocr", "regions")}
+    content = {name: shards.sha256_of(path) for name, path in named.items() if path.is_file()}
     architecture = provenance["architecture"]
     most, at_once = devices.max_workers(device), None
     if settings.hosts:  # else nothing is asked for

@@ -262,6 +262,12 @@ def test_another_model_or_setting_takes_no_answer_of_an_interrupted_run(workspac
     assert fingerprint(output="other.jsonl") != before  # which would forget what this one needs
     (workspace / "model" / "model.safetensors").write_bytes(b"0")
     assert fingerprint() != before
+    about = workspace / "model" / "provenance.json"
+    regions = {"regions": {"weights": str(workspace / "model.safetensors")}}
+    about.write_text(json.dumps(json.loads(about.read_text()) | regions))
+    before = fingerprint()
+    (workspace / "model.safetensors").write_bytes(b"1")  # the detector's, by the name of the model's
+    assert fingerprint() != before
 
 
 def test_processes_share_what_may_be_asked_of_a_host(workspace, monkeypatch):
