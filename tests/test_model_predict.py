@@ -215,6 +215,17 @@ def test_where_pictures_fail_to_the_end_the_output_says_so(workspace, monkeypatc
     assert left(workspace) == set()
 
 
+@pytest.mark.parametrize("number", [0, 1, predict.SHARD, predict.SHARD + 1])
+def test_every_line_is_in_a_shard(tmp_path, number):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n" * number)
+    found = predict.in_shards(path)
+    assert [shard.num_rows for shard in found] == [predict.SHARD] * (number // predict.SHARD) + (
+        [number % predict.SHARD] if number % predict.SHARD else []
+    )
+    assert sum(len(shard.load()) for shard in found) == number
+
+
 def test_a_shard_of_long_lines_has_fewer(workspace, monkeypatch):
     monkeypatch.setattr(predict, "SHARD_BYTES", 1000)
     found = predict.in_shards(workspace / "in.jsonl")
