@@ -48,7 +48,6 @@ from pipeline.unzip import GZIP_MAGIC
 
 SHARD = 2 * CHUNK  # lines; whole chunks, so that what shares a batch does not hang on where a shard ends
 SHARD_BYTES = 32 << 20  # with which a shard ends as well
-THREADS = 1  # as OCR and regions
 ANSWERED = pa.schema([("asin", pa.string()), ("status", pa.string()), ("answer", pa.string())])
 LIBRARIES = (
     "easyocr",
@@ -74,6 +73,7 @@ class Settings(params.Settings):
     attributes: tuple[str, ...] | None
     min_precision: float | None
     batch_size: int
+    threads: int = 1  # of each process
     processes: int = 1  # that ask the hosts at the same time
 
 
@@ -116,23 +116,21 @@ class Lines:
 def in_shards(path: Path) -> list[Lines]:
     """A plain file, cut."""
     found: list[Lines] = []
-    begin, first, sha256 = 0, 1, hashlib.sha256()
-
-    def close(number: int, end: int) -> None:
-        nonlocal begin, first, sha256
-        found.append(Lines(path, begin, first, number + 1 - first, sha256.hexdigest()))
-        bar.update(end - begin)
-        begin, first, sha256 = end, number + 1, hashlib.sha256()
-
-    number = 0
+    first = 1
     with path.open("rb") as file, progress.of_bytes(path, path.stat().st_size) as bar:
-        for number, raw in enumerate(raw_lines(file), 1):
-            sha256.update(raw)
-            if number + 1 - first == SHARD or file.tell() - begin >= SHARD_BYTES:
-                close(number, file.tell())
-        if number >= first:
-            close(number, file.tell())
-    return found
+        lines = raw_lines(file)
+        while True:
+            begin, number, sha256 = file.tell(), 0, hashlib.sha256()
+            for raw in islice(lines, SHARD):
+                sha256.update(raw)
+                number += 1
+                if file.tell() - begin >= SHARD_BYTES:
+                    break
+            if not number:
+                return found
+            found.append(Lines(path, begin, first, number, sha256.hexdigest()))
+            bar.update(file.tell() - begin)
+            first += number
 
 
 @contextlib.contextmanager
@@ -153,7 +151,7 @@ def plain(path: Path, name: str) -> Iterator[Path]:
 def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.Made]]:
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(settings.threads)
     extractor = Extractor.from_pretrained(
         settings.model,
         images=None if settings.images is None else Path(settings.images),
@@ -165,8 +163,8 @@ def make_worker(settings: Settings) -> Callable[[shards.Rows], Iterator[shards.M
 
     def process(rows: shards.Rows) -> Iterator[shards.Made]:
         lines = (extractor.reader.read(row["raw"]) for row in rows)
-        answers = extractor.rows(lines, attributes=settings.attributes)
-        for row, answer in zip(rows, answers, strict=True):
+        answered = extractor.rows(lines, attributes=settings.attributes)
+        for row, answer in zip(rows, answered, strict=True):
             yield Counter([answer["status"], *([f"image: {answer['image']}"] if answer["image"] else [])])
             yield {
                 "asin": row["asin"],
@@ -190,7 +188,7 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
     most, at_once = devices.max_workers(device), None
     if settings.hosts:  # else nothing is asked for
         limits = of_pictures(provenance, None, settings.hosts)
-        at_once = shards.executor(THREADS, most, limits.concurrency)[1]
+        at_once = shards.executor(settings.threads, most, limits.concurrency)[1]
         settings = settings.model_copy(update={"processes": at_once})
     return shards.Job(
         stage="predict",
@@ -204,7 +202,7 @@ def job(settings: Settings, output: Path, chunks: Sequence[Lines]) -> shards.Job
         libraries=LIBRARIES,
         weights={**content, architecture: shards.code_digest(architecture)},
         precision=device,
-        threads=THREADS,
+        threads=settings.threads,
         max_workers=most,
         at_once=at_once,
         transient=TRANSIENT,
@@ -228,7 +226,9 @@ def run(arguments: argparse.Namespace) -> Tally:
     output = arguments.output
     if output.is_dir():
         raise ValueError(f"{output} is a folder")
-    shards.executor(THREADS)  # which raises for a wrong environment
+    # What reads pictures sets its process to as many.
+    threads = max(provenance.get(stage, {}).get("threads", 1) for stage in ("ocr", "regions"))
+    shards.executor(threads)  # which raises for a wrong environment
     settings = Settings(
         output=str(output.resolve()),
         model=str(arguments.model),
@@ -237,6 +237,7 @@ def run(arguments: argparse.Namespace) -> Tally:
         attributes=None if arguments.attributes is None else tuple(arguments.attributes),
         min_precision=arguments.min_precision,
         batch_size=arguments.batch_size,
+        threads=threads,
     )
     lock = f"{re.sub(r'[^0-9A-Za-z_-]', '_', output.name)}-{digest(str(output.resolve()))[:8]}"
     with shards.sole_writer("predict", lock), plain(arguments.input, lock) as path:

@@ -182,9 +182,7 @@ class Trainer(transformers.Trainer):
         return self.order
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self.state.global_step < self.state.max_steps
-        ):  # else what was done, resumed, would do one step more
+        if self.state.global_step < self.state.max_steps:  # resumed at its end, it would do one step more
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,12 +11,13 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from model import predict
 from model.extractor import Seen
-from pipeline import mave
+from pipeline import mave, shards
 from pipeline.reading import store
 
 
@@ -235,6 +236,17 @@ def test_a_shard_of_long_lines_has_fewer(workspace, monkeypatch):
     assert [row["asin"] for shard in found for row in shard.load()] == [
         f"line {number}" for number in range(1, NUM_LINES + 1)
     ]
+
+
+def test_as_many_processes_as_their_threads_leave_cores_for(workspace, monkeypatch):
+    about = workspace / "model" / "provenance.json"
+    threads = {"ocr": {"threads": 2}, "regions": {"threads": 3}}
+    about.write_text(json.dumps(json.loads(about.read_text()) | threads))
+    made = mock.Mock(side_effect=shards.make)
+    monkeypatch.setattr(shards, "make", made)
+    predict.run(command(workspace))
+    [(asked, _)] = [call.args for call in made.call_args_list]
+    assert (asked.threads, asked.settings.threads) == (3, 3)
 
 
 def test_a_wrong_environment_or_a_folder_in_the_output_s_place_is_told_at_once(workspace, monkeypatch):
