@@ -42,8 +42,31 @@ class Picked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (places,) = ctx.saved_tensors
-        rows = gradient.new_zeros(ctx.size + 1, gradient.shape[1]).index_copy(0, places, gradient)
+        rows = gradient.new_zeros(ctx.size + 1, gradient.shape[1]).index_copy_(0, places, gradient)
         return rows[: ctx.size], None
+
+
+class Scores(torch.autograd.Function):
+    """(.., Q, C) and (.., K, C) of one dtype to their products (.., Q, K).
+
+    Both gradients are laid out as what they are of; that of a transposed matrix would have to be copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        return queries @ keys.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        queries, keys = ctx.saved_tensors
+        return gradient @ keys, gradient.mT @ queries
+
+
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """As `Scores`; under autocast `keys` may be tokens in float32."""
+    scores: Tensor = Scores.apply(queries, keys.to(queries.dtype))
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +118,7 @@ class Packing:
     def rows_of_local(self, local: Tensor) -> Tensor:
         """(P, D) to (B, L, D), zero at padding."""
         size, width = self.segment.numel(), local.shape[1]
-        rows = local.new_zeros(size + 1, width).index_copy(0, self.local_at, local)
+        rows = local.new_zeros(size + 1, width).index_copy_(0, self.local_at, local)
         return rows[:size].unflatten(0, self.segment.shape)
 
     def of_local_rows(self, rows: Tensor) -> Tensor:
@@ -181,7 +204,7 @@ def attend(
     if fused and mask is None:
         rate = dropout.p if dropout.training else 0.0
         return nn.functional.scaled_dot_product_attention(queries, keys, values, dropout_p=rate)
-    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    scores = products(queries, keys) / math.sqrt(queries.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return dropout(scores.softmax(dim=-1)) @ values
@@ -305,11 +328,11 @@ def by_length(
             z = z + attend(to_hyper[0], keys_read, values_read, dropout, mask)
         z_local.append(z.transpose(1, 2).reshape(count * length, -1))
         if "h2l" not in attention.without:
-            scores = asked @ tokens.view(count, length, -1).transpose(1, 2) + offset[:, :, None]  # (S, H, m)
+            scores = products(asked, tokens.view(count, length, -1)) + offset[:, :, None]  # (S, H, m)
             gathered.append((dropout(scores.softmax(-1))[:, :, None] @ values).flatten(1))  # (S, D)
     z_hyper = local.new_zeros(batch * num_hyper, width)
     if gathered:
-        z_hyper = z_hyper.index_copy(0, packing.owner, torch.cat(gathered))
+        z_hyper = z_hyper.index_copy_(0, packing.owner, torch.cat(gathered).to(z_hyper.dtype))
     of_locals = torch.cat(z_local) if z_local else local
     if dense_l2h:
         of_locals = of_locals + local_to_hyper(
@@ -328,12 +351,10 @@ def local_to_hyper(
     batch, num_hyper, heads, _ = keys.shape
     absorbed, constant = absorb(keys.flatten(0, 1), query)
     tokens = packing.rows_of_local(local)
-    # Keys come first, so that their gradient, the largest one, needs no transposing.
-    scores = absorbed.reshape(batch, num_hyper * heads, -1) @ tokens.transpose(1, 2)
-    scores = scores.transpose(1, 2).contiguous()  # (B, L, N * H)
-    scores = (scores + constant.view(batch, 1, -1)).unflatten(2, (num_hyper, heads))
-    weights = scores.masked_fill(~packing.read_by_local[..., None], -math.inf).softmax(dim=2)
-    z = dropout(weights).permute(0, 3, 1, 2) @ values.transpose(1, 2)  # (B, H, L, D/H)
+    scores = products(absorbed.reshape(batch, num_hyper * heads, -1), tokens)  # (B, N * H, L)
+    scores = (scores + constant.view(batch, -1, 1)).unflatten(1, (num_hyper, heads))
+    weights = scores.masked_fill(~packing.read_by_local.mT[:, :, None], -math.inf).softmax(dim=1)
+    z = dropout(weights).permute(0, 2, 3, 1) @ values.transpose(1, 2)  # (B, H, L, D/H)
     return packing.of_local_rows(z.transpose(1, 2).flatten(2))
 
 
@@ -347,7 +368,7 @@ def hyper_to_local(
     batch, num_hyper, heads, _ = asks.shape
     absorbed, constant = absorb(asks.flatten(0, 1), key)
     tokens = packing.rows_of_local(local)
-    scores = absorbed.reshape(batch, num_hyper * heads, -1) @ tokens.transpose(1, 2)  # (B, N * H, L)
+    scores = products(absorbed.reshape(batch, num_hyper * heads, -1), tokens)  # (B, N * H, L)
     scores = (scores + constant.view(batch, -1, 1)).unflatten(1, (num_hyper, heads))
     weights = dropout(masked_softmax(scores, packing.owned[:, :, None])).transpose(1, 2)  # (B, H, N, L)
     read = packing.rows_of_local(values).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, L, D/H)

@@ -24,7 +24,9 @@ from typing import Any, Protocol
 
 Handle = Callable[[Any, Callable[[int], None]], Any]
 
-MAX_DEATHS = 2  # of the workers that had the same task
+MAX_DEATHS = (
+    2  # of the workers that had the same task, and of workers that were opening with none that opened between
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TICK_S = 0.5
 PR_SET_PDEATHSIG = 1
@@ -87,6 +89,7 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
         except Exception as error:  # noqa: BLE001 - told to the parent, which raises
             pipe.send(("unopened", message(error)))
             return
+        pipe.send(("opened", None))
         while True:
             task = pipe.recv()
             last, pending = time.monotonic(), 0
@@ -115,6 +118,7 @@ def message(error: Exception) -> str:
 class _Worker:
     process: Any
     pipe: connection.Connection
+    opened: bool = False
     index: int | None = None  # of its task
     rows: int = 0  # of its task that are done
 
@@ -170,11 +174,12 @@ def local(
 
     A worker that dies (out of memory, a fault in a decoder) costs one more try of its task; one that dies
     with the second try makes the task's result `Died`. A task that raises raises `TaskError`, a worker that
-    cannot open `ValueError`. `progress(n)` gets the change in rows done, negative when a try is lost.
+    cannot open, or two that die of it, `ValueError`. `progress(n)` gets the change in rows done, negative
+    when a try is lost.
     """
     pool = _Pool(open_worker, threads)
     waiting, deaths = deque(range(len(tasks))), [0] * len(tasks)
-    left = len(tasks)
+    left, unopened = len(tasks), 0
     try:
         while left:
             while len(pool.workers) < min(workers, left):
@@ -192,20 +197,29 @@ def local(
                 except (EOFError, ConnectionResetError):
                     worker.process.join(TICK_S)  # so that it is its own end that is told
                     exit_code = pool.stop(worker)
+                    how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+                    unopened += not worker.opened
+                    if unopened == MAX_DEATHS:
+                        raise ValueError(
+                            f"{unopened} processes died while they started, the last one by {how}: is there "
+                            f"memory for what {workers} of them load (SMARTAVE_WORKERS)?"
+                        ) from None
                     if worker.index is None:
                         continue
                     progress(-worker.rows)
-                    deaths[worker.index] += 1
+                    deaths[worker.index] += worker.opened
                     if deaths[worker.index] == MAX_DEATHS:
-                        how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
                         left -= 1
                         yield worker.index, Died(how)
                     else:
                         waiting.appendleft(worker.index)
                     continue
-                assert worker.index is not None
+                if kind == "opened":
+                    worker.opened, unopened = True, 0
+                    continue
                 if kind == "unopened":
                     raise ValueError(value)
+                assert worker.index is not None
                 if kind == "failed":
                     raise TaskError(worker.index, value)
                 if kind == "rows":

@@ -63,6 +63,23 @@ def unopened(settings):
     raise ValueError("the weights W.pth are not there")
 
 
+def dies_of_opening(settings, *, tally, openings):
+    """Kills its own process at each of these openings, counted from 1, and after the second at row 5."""
+    with tally.open("a") as file:
+        file.write("x")
+    opening = len(tally.read_text())
+    if opening in openings:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def process(rows):
+        for row in rows:
+            if row["x"] == 5 and opening == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield {"asin": row["asin"], "status": "ok", "square": row["x"]}
+
+    return process
+
+
 def dies(settings, *, tally, times):
     """Kills its own process at row 5, `times` times; what it did before is counted in the file `tally`."""
 
@@ -207,6 +224,24 @@ def test_a_worker_that_cannot_open_says_why(monkeypatch):
     monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
     with pytest.raises(ValueError, match=r"^the weights W.pth are not there$"):
         shards.run(job(unopened))
+
+
+def test_two_workers_that_die_while_they_open_end_the_stage_and_no_row_is_blamed(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    with pytest.raises(
+        ValueError, match=r"^2 processes died .* by signal 9: is there memory .*SMARTAVE_WORKERS"
+    ):
+        shards.run(job(partial(dies_of_opening, tally=tmp_path / "tally", openings={1, 2})))
+    assert len((tmp_path / "tally").read_text()) == 2
+
+
+def test_a_death_while_opening_counts_against_no_task_and_not_after_another_has_opened(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    monkeypatch.setenv("SMARTAVE_WORKERS", "1")
+    worker = partial(dies_of_opening, tally=tmp_path / "tally", openings={1, 3})
+    assert shards.ShardFolder(shards.run(job(worker))).manifest["status"] == {"ok": 10}
+    assert len((tmp_path / "tally").read_text()) == 4
 
 
 @pytest.mark.parametrize("times", [1, 2])
