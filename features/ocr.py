@@ -333,7 +333,7 @@ def main() -> None:
     try:
         settings = params.load(Settings, params.CONFIG / corpus / "ocr.json")
         shards.run(job(corpus, settings))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"ocr: {error}") from error
 
 

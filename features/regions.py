@@ -237,7 +237,7 @@ def main() -> None:
     try:
         settings = params.load(Settings, params.CONFIG / corpus / "regions.json")
         shards.run(job(corpus, settings))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"regions: {error}") from error
 
 

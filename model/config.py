@@ -350,7 +350,7 @@ def main() -> None:
     parser.parse_args()
     try:
         write(resolve(read(PARAMS)), CONFIG)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

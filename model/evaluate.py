@@ -199,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         run(arguments.corpus, arguments.model, arguments.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -148,7 +148,7 @@ def main() -> None:
     arguments = parse()
     try:
         run(arguments.corpus, arguments.models, arguments.seeds, arguments.estimate)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -347,7 +347,7 @@ def main() -> None:
     parser.parse_args()
     try:
         run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

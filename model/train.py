@@ -162,7 +162,7 @@ def main() -> None:
     try:
         with stopping_with_parent():
             run(arguments.corpus, arguments.model, arguments.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -313,7 +313,7 @@ def main() -> None:
             with shards.sole_writer("images", given.corpus):
                 forget_failed(given.corpus, given.retry_failed or TRANSIENT)
         shards.run(job(given.corpus, settings))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"images: {error}") from error
 
 

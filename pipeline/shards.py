@@ -509,7 +509,7 @@ def main() -> None:
     command = parser.parse_args().command
     try:
         lines = {"status": status, "verify": verify, "gc": gc}[command]()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"shards: {error}") from error
     sys.stdout.writelines(line + "\n" for line in lines)
     raise SystemExit(1 if command == "verify" and lines else 0)

@@ -111,7 +111,9 @@ def _main(parent: int, pipe: connection.Connection, open_worker: Callable[[], Ha
 
 
 def message(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).strip()
+    """A sentence for what a user can mend (wrong input, a full disk), the whole story for the rest."""
+    told = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno)
+    return str(error) if told else "".join(traceback.format_exception(error)).strip()
 
 
 @dataclass

@@ -59,6 +59,13 @@ def never_two(settings):
     return process
 
 
+def fails(settings, *, error):
+    def process(rows):
+        raise error
+
+    return process
+
+
 def unopened(settings):
     raise ValueError("the weights W.pth are not there")
 
@@ -242,6 +249,18 @@ def test_a_death_while_opening_counts_against_no_task_and_not_after_another_has_
     worker = partial(dies_of_opening, tally=tmp_path / "tally", openings={1, 3})
     assert shards.ShardFolder(shards.run(job(worker))).manifest["status"] == {"ok": 10}
     assert len((tmp_path / "tally").read_text()) == 4
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_what_is_our_fault_in_whole(monkeypatch):
+    monkeypatch.setenv("SMARTAVE_EXECUTOR", "local")
+    with pytest.raises(
+        ValueError, match=r"shard 0000\d \(A\d+ to A\d+\): \[Errno 28\] No space left on device$"
+    ):
+        shards.run(job(partial(fails, error=OSError(errno.ENOSPC, "No space left on device"))))
+    with pytest.raises(ValueError, match=r"(?s)Traceback .*KeyError: 'asin'$"):
+        shards.run(job(partial(fails, error=KeyError("asin"))))
+    with pytest.raises(ValueError, match=r"(?s)Traceback .*TimeoutError$"):  # it has no words of its own
+        shards.run(job(partial(fails, error=TimeoutError())))
 
 
 @pytest.mark.parametrize("times", [1, 2])
