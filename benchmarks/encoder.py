@@ -147,7 +147,7 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9, help="turns, of which the best counts")
+    parser.add_argument("--repeats", type=int, default=15, help="turns, of which the best counts")
     parser.add_argument("--plot", type=Path, default=Path("docs/figures/encoder.svg"))
     given = parser.parse_args(arguments or [])
     torch.manual_seed(0)

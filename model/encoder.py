@@ -172,13 +172,13 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @torch.no_grad()
-    def start_from(self, theirs: Mapping[str, nn.Module]) -> None:
+    def start_from(self, theirs: Mapping[str, nn.Module], patterns: Collection[str]) -> None:
         """Take a pretrained layer, by the names of `model.pretrained`.
 
-        Its Q and K go to each pattern, its V to both token types.
+        Its Q and K go to each of `patterns`, its V to both token types.
         """
         attention = self.attention
-        for pattern in attention.patterns:
+        for pattern in patterns:
             attention.query[pattern].load_state_dict(theirs["query"].state_dict())
             attention.key[pattern].load_state_dict(theirs["key"].state_dict())
         for ours, name in (
@@ -232,13 +232,13 @@ class Encoder(nn.Module):
             for _ in range(num_layers)
         )
 
-    def start_from(self, layers: Sequence[Mapping[str, nn.Module]]) -> None:
+    def start_from(self, layers: Sequence[Mapping[str, nn.Module]], patterns: Collection[str]) -> None:
         """Take pretrained layers, the first ones. Raises `ValueError` when there are too few."""
         if len(layers) < len(self.layers):
             raise ValueError(f"the checkpoint has {len(layers)} layers, encoder_layers is {len(self.layers)}")
         for ours, theirs in zip(self.layers, layers, strict=False):
             assert isinstance(ours, EncoderLayer)
-            ours.start_from(theirs)
+            ours.start_from(theirs, patterns)
 
     def forward(
         self, hyper: Tensor, local: Tensor, hyper_mask: Tensor, segment: Tensor, private: Tensor | None = None

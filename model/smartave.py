@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
+from model.encoder import StructuredAttention
 from model.examples import Question
 from model.network import Config, Network
 from model.pretrained import Checkpoint, checkpoint_path, same_words, start_tokenizer
@@ -27,7 +28,7 @@ class Settings(params.Settings):
     image: bool = True
     ocr: bool = True
     pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
-    pretrained_layers: bool = False
+    pretrained_layers: bool | Literal["local"] = False  # local: no Q and K but those of local-to-local
     tokenizer: str = "pretrained"  # or another checkpoint's, or "characters": those of the training split
     region_components: int | None = Field(None, ge=1)  # see model.standardise; null: the features as such
     hidden_size: int = Field(768, ge=1)
@@ -90,14 +91,20 @@ class Model(Network):
         model = cls(config)
         if path is not None:
             model.load_pretrained(path, layers=settings.pretrained_layers, tokenizer=tokenizer)
+        elif settings.pretrained_layers:
+            raise ValueError("pretrained_layers: true asks for a checkpoint's layers, and pretrained is null")
         if settings.image:
             model.measure_regions(questions)
         model.encoder.compiled = settings.compile
         return model, processor
 
     @torch.no_grad()
-    def load_pretrained(self, path: str, *, layers: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    def load_pretrained(
+        self, path: str, *, layers: bool | Literal["local"], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         """Word and position embeddings from a checkpoint, by word; with `layers` its layers too.
+
+        With "local" its Q and K go to local-to-local attention alone: it never saw a hyper-token.
 
         Raises `ValueError` when the checkpoint is not like BERT or its sizes are others.
         """
@@ -119,7 +126,7 @@ class Model(Network):
                 size, our_size = getattr(start.config, theirs_name), getattr(self.config, our_name)
                 if size != our_size:
                     raise ValueError(f"{path}: its {theirs_name} is {size}, {our_name} is {our_size}")
-            self.encoder.start_from(parts)
+            self.encoder.start_from(parts, ["l2l"] if layers == "local" else StructuredAttention.patterns)
 
     @torch.no_grad()
     def measure_regions(self, questions: Sequence[Question]) -> None:

