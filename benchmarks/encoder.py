@@ -5,12 +5,13 @@ examples as make 2,048 local-tokens, dense batches all. `bound` is what free att
 1 + N / (6 D). Memory is the most that forward and backward hold at one time beside the weights and their
 gradients. Gradients are dropped before each turn, as before a training step. At the longest, Longformer and
 BigBird (their layers with their default windows) too. In float32, and in bfloat16 where the processor has
-instructions for it. Writes the plot of time and memory.
+instructions for it. Times and ratios are medians over turns. Writes the plot of time and memory.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.big_bird.modeling_big_bird import BigBirdModel
 from transformers.models.longformer.modeling_longformer import LongformerModel
 
-from benchmarks.timing import best_s, machine, matmul_peak
+from benchmarks.timing import machine, matmul_peak, times_as_fast, turns_s
 from features.devices import has_bfloat16
 from features.memory import keep_freed
 from model.encoder import Encoder
@@ -147,7 +148,7 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="turns, of which the best counts")
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each form, one after another")
     parser.add_argument("--plot", type=Path, default=Path("docs/figures/encoder.svg"))
     given = parser.parse_args(arguments or [])
     torch.manual_seed(0)
@@ -161,9 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
             curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
             for length in LENGTHS:
                 runs = forms(length, dtype)
-                seconds = best_s(
+                turns = turns_s(
                     {name: lambda form=form: turn(*form) for name, form in runs.items()}, given.repeats
                 )
+                seconds = {name: statistics.median(of_one) for name, of_one in turns.items()}
                 cells = []
                 for name, (run, _) in runs.items():
                     curves.setdefault(name, []).append(seconds[name])
@@ -171,10 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
                     cells.append(
                         f"{name} {seconds[name] * 1e3:.1f}ms {curves[f'{name} bytes'][-1] / 2**20:.0f}MiB"
                     )
-                dense_s, fastest = seconds["BERT sdpa"], min(seconds["BERT sdpa"], seconds["BERT eager"])
+                sdpa, eager = (
+                    times_as_fast(turns["ours"], turns[f"BERT {name}"]) for name in ("sdpa", "eager")
+                )
                 print(
-                    f"{length:6d}  " + ", ".join(cells) + f"; {dense_s / seconds['ours']:.2f}x SDPA, "
-                    f"{fastest / seconds['ours']:.2f}x the faster, bound {1 + length / (6 * WIDTH):.2f}x"
+                    f"{length:6d}  " + ", ".join(cells) + f"; {sdpa:.3f}x SDPA, {eager:.3f}x eager, "
+                    f"bound {1 + length / (6 * WIDTH):.2f}x"
                 )
     plot(rows, given.plot)
 

@@ -1,16 +1,17 @@
-"""Interleaved runs, the best time of each: what else the machine does falls on all alike, or on none."""
+"""Interleaved runs: what else the machine does falls on all alike, or on none of the best."""
 
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
 
 
-def best_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
-    """Wall seconds of each run, in turns, after one turn that does not count."""
+def turns_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[str, list[float]]:
+    """Wall seconds of each run in each turn, after one turn that does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -18,7 +19,17 @@ def best_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[s
             run()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: min(of_one) for name, of_one in times.items()}
+    return times
+
+
+def best_s(runs: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+    """Wall seconds of each run in its best turn."""
+    return {name: min(of_one) for name, of_one in turns_s(runs, repeats).items()}
+
+
+def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median over turns, which neither a slow minute nor one lucky turn moves."""
+    return statistics.median(their / our for our, their in zip(ours, theirs, strict=True))
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> float:
