@@ -6,6 +6,8 @@ what does not depend on the output is computed once for it too.
 Weights are random, with a bias towards the end token so that outputs have a few tokens.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
@@ -23,8 +25,9 @@ class Peer(transformers.PreTrainedModel, transformers.GenerationMixin):
     config_class = transformers.PretrainedConfig
 
     def __init__(self, model: Model, memory: Tensor, text: Tensor, text_ids: Tensor) -> None:
-        super().__init__(transformers.PretrainedConfig(vocab_size=model.config.vocab_size))
-        self.model, self.parts, self.expanded = model, (memory, text, text_ids), {}
+        super().__init__(transformers.PretrainedConfig.from_dict({"vocab_size": model.config.vocab_size}))
+        self.model, self.parts = model, (memory, text, text_ids)
+        self.expanded: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
     def forward(self, input_ids: Tensor, **kwargs: object) -> transformers.modeling_outputs.CausalLMOutput:
         times = len(input_ids) // EXAMPLES  # of each example's beams, which stand together
@@ -39,7 +42,9 @@ class Peer(transformers.PreTrainedModel, transformers.GenerationMixin):
             logits=mixture(vocabulary, copy[:, -1:] @ same, gate[:, -1:], ids)
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: object) -> dict[str, Tensor]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         return {"input_ids": input_ids}
 
 

@@ -3,6 +3,8 @@
 Also the largest error of the float32 gradient of the emissions against float64.
 """
 
+from functools import partial
+
 import torch
 from torchcrf import CRF
 
@@ -12,12 +14,15 @@ from model.crf import ScanCRF
 CHAINS, TAGS, LENGTHS = 32, 4, (64, 256, 1024)
 
 
-def gradient(crf: CRF | ScanCRF, emissions: torch.Tensor, tags: torch.Tensor, mask: torch.Tensor):
+def gradient(
+    crf: CRF | ScanCRF, emissions: torch.Tensor, tags: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     emissions = emissions.detach().requires_grad_()
     if isinstance(crf, ScanCRF):
         crf.log_likelihood(emissions, tags, mask).sum().backward()
     else:
         crf(emissions, tags, mask).backward()
+    assert emissions.grad is not None
     return emissions.grad
 
 
@@ -35,10 +40,10 @@ def main() -> None:
         given = emissions, tags, mask
         times = best_s(
             {
-                "loop": lambda given=given: gradient(loop, *given),
-                "scan": lambda given=given: gradient(scan, *given),
-                "decode": lambda given=given: loop.decode(given[0], given[2]),
-                "paths": lambda given=given: scan.best_paths(given[0], given[2]),
+                "loop": partial(gradient, loop, *given),
+                "scan": partial(gradient, scan, *given),
+                "decode": partial(loop.decode, emissions, mask),
+                "paths": partial(scan.best_paths, emissions, mask),
             }
         )
         want = gradient(precise, emissions.double(), tags, mask)

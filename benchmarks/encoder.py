@@ -15,7 +15,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ WIDTH, HEADS, INNER = 768, 12, 3072
 SHARES = (0.05, 0.35, 0.08, 0.08, 0.08, 0.08, 0.08, 0.10, 0.10)
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TOKENS = 2048
-SIZES = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": INNER}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SIZES: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": INNER}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def layout(length: int) -> tuple[Tensor, Tensor]:
@@ -64,16 +66,25 @@ def turn(run: Callable[[], Tensor], wanted: list[Tensor]) -> None:
 
 
 def dense(implementation: str) -> BertLayer:
-    return BertLayer(BertConfig(**SIZES, **NO_DROPOUT, attn_implementation=implementation))
+    return BertLayer(BertConfig(**(SIZES | NO_DROPOUT | {"attn_implementation": implementation})))
 
 
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def of_dense(layer: nn.Module, tokens: Tensor) -> Tensor:
+    return first(layer(tokens)).sum()
+
+
+def of_peer(model: nn.Module, tokens: Tensor) -> Tensor:
+    summed: Tensor = model(inputs_embeds=tokens).last_hidden_state.sum()
+    return summed
+
+
 def peers(length: int) -> dict[str, nn.Module]:
     """Models of one layer for long texts."""
-    common = {
+    common: dict[str, Any] = {
         **SIZES,
         **NO_DROPOUT,
         "num_hidden_layers": 1,
@@ -105,13 +116,13 @@ def forms(length: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tenso
     for name in ("sdpa", "eager"):
         layer = dense(name).to(dtype)
         found[f"BERT {name}"] = (
-            lambda layer=layer: first(layer(tokens)).sum(),
+            partial(of_dense, layer, tokens),
             [tokens, *layer.parameters()],
         )
     if length == max(LENGTHS) and dtype == torch.float32:
         for name, model in peers(length + 512).items():
             found[name] = (
-                lambda model=model: model(inputs_embeds=tokens).last_hidden_state.sum(),
+                partial(of_peer, model, tokens),
                 [tokens, *model.parameters()],
             )
     return found
@@ -162,9 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
             curves = rows.setdefault(str(dtype).removeprefix("torch."), {})
             for length in LENGTHS:
                 runs = forms(length, dtype)
-                turns = turns_s(
-                    {name: lambda form=form: turn(*form) for name, form in runs.items()}, given.repeats
-                )
+                turns = turns_s({name: partial(turn, *form) for name, form in runs.items()}, given.repeats)
                 seconds = {name: statistics.median(of_one) for name, of_one in turns.items()}
                 cells = []
                 for name, (run, _) in runs.items():

