@@ -175,21 +175,20 @@ class EncoderLayer(nn.Module):
     def start_from(self, theirs: Mapping[str, nn.Module], patterns: Collection[str]) -> None:
         """Take a pretrained layer, by the names of `model.pretrained`.
 
-        Its Q and K go to each of `patterns`, its V to both token types.
+        Its Q and K go to each of `patterns`, its V to the tokens that these read.
         """
         attention = self.attention
-        for pattern in patterns:
-            attention.query[pattern].load_state_dict(theirs["query"].state_dict())
-            attention.key[pattern].load_state_dict(theirs["key"].state_dict())
-        for ours, name in (
-            (attention.value_local, "value"),
-            (attention.value_hyper, "value"),
+        pairs = [
             (attention.output, "attention_output"),
             (self.attention_norm, "attention_norm"),
             (self.intermediate, "intermediate"),
             (self.output, "output"),
             (self.output_norm, "output_norm"),
-        ):
+        ]
+        for pattern in patterns:
+            values = attention.value_hyper if pattern.endswith("h") else attention.value_local
+            pairs += [(attention.query[pattern], "query"), (attention.key[pattern], "key"), (values, "value")]
+        for ours, name in pairs:
             ours.load_state_dict(theirs[name].state_dict())
 
     def feed_forward(self, x: Tensor, z: Tensor) -> Tensor:

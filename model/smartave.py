@@ -28,7 +28,7 @@ class Settings(params.Settings):
     image: bool = True
     ocr: bool = True
     pretrained: str | None = "google-bert/bert-base-uncased"  # a folder, a hub name or package:NAME/FOLDER
-    pretrained_layers: bool | Literal["local"] = False  # local: no Q and K but those of local-to-local
+    pretrained_layers: bool | Literal["local"] = False  # local: Q, K and V of local-to-local, no others
     tokenizer: str = "pretrained"  # or another checkpoint's, or "characters": those of the training split
     region_components: int | None = Field(None, ge=1)  # see model.standardise; null: the features as such
     hidden_size: int = Field(768, ge=1)
@@ -92,7 +92,10 @@ class Model(Network):
         if path is not None:
             model.load_pretrained(path, layers=settings.pretrained_layers, tokenizer=tokenizer)
         elif settings.pretrained_layers:
-            raise ValueError("pretrained_layers: true asks for a checkpoint's layers, and pretrained is null")
+            asked = str(settings.pretrained_layers).lower()
+            raise ValueError(
+                f"pretrained_layers: {asked} asks for a checkpoint's layers, and pretrained is null"
+            )
         if settings.image:
             model.measure_regions(questions)
         model.encoder.compiled = settings.compile
@@ -104,7 +107,7 @@ class Model(Network):
     ) -> None:
         """Word and position embeddings from a checkpoint, by word; with `layers` its layers too.
 
-        With "local" its Q and K go to local-to-local attention alone: it never saw a hyper-token.
+        With "local" its Q, K and V go to local-to-local attention alone: it never saw a hyper-token.
 
         Raises `ValueError` when the checkpoint is not like BERT or its sizes are others.
         """

@@ -24,9 +24,7 @@ from typing import Any, Protocol
 
 Handle = Callable[[Any, Callable[[int], None]], Any]
 
-MAX_DEATHS = (
-    2  # of the workers that had the same task, and of workers that were opening with none that opened between
-)
+MAX_DEATHS = 2  # of workers that had the same task, or that were opening, with none between that had opened
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TICK_S = 0.5
 PR_SET_PDEATHSIG = 1
