@@ -142,7 +142,10 @@ def _lost(cache: Path, digest: str) -> list[str]:
         return [digest]
     if not digest.endswith(".dir"):
         return []
-    entries = [entry["md5"] for entry in json.loads(place(digest).read_text())]
+    try:
+        entries = [entry["md5"] for entry in json.loads(place(digest).read_text())]
+    except ValueError:
+        return [digest]  # cut short; DVC removes it when it next looks
     return [entry for entry in entries if not place(entry).is_file()]
 
 

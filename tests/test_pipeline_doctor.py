@@ -72,6 +72,19 @@ def test_what_breaks_a_dvc_workspace_is_named_and_the_lock_is_cleared(
     assert not told(), "where nothing was made yet nothing is missing"
 
 
+def test_a_list_of_files_that_is_cut_short_counts_as_lost_and_what_mends_it_is_named(
+    made: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.folder)
+    (listed,) = Path(".dvc/cache").rglob("*.dir")
+    listed.chmod(0o644)
+    listed.write_text(listed.read_text()[:20])
+    (line,) = told()
+    assert line.startswith(f"DVC's cache lacks {listed.parent.name}{listed.name} of data/toy, and 0 more")
+    made.run("dvc", "commit", "--force", "toy")
+    assert not told()
+
+
 CONFLICT = "<<<<<<< HEAD\n{0}=======\n{0}>>>>>>> theirs\n"
 
 
