@@ -20,9 +20,10 @@ from model.cell import Cell
 from model.checkpoint import extract
 from model.examples import Question
 from model.metrics import normalise
-from pipeline.disk import sha256_of, write_json
+from pipeline.disk import check_room, sha256_of, write_json
 
 WHOLE = "whole.json"  # the seal of a checkpoint that was written to its end
+KEPT = 2  # checkpoints: should the last one be damaged, the one before it is gone on with
 
 
 def seal(checkpoint: Path) -> None:
@@ -160,6 +161,14 @@ class Order(torch.utils.data.Sampler):
         return iter(batches.order(self.lengths, self.batch_size, self.seed, self.epoch))
 
 
+def check_room_for_checkpoints(model: torch.nn.Module, folder: Path) -> None:
+    """Raise `ValueError` where the disk cannot take two checkpoints and a third that is being written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    missing = max(0, KEPT + 1 - len(list(folder.glob("checkpoint-*"))))
+    check_room(folder, missing * 3 * weights)  # with both moments of AdamW
+
+
 class Sealing(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -262,7 +271,7 @@ def arguments(
         logging_steps=look,
         save_strategy="steps",
         save_steps=look,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         load_best_model_at_end=True,
         metric_for_best_model="f1",
         greater_is_better=True,
@@ -307,5 +316,6 @@ def fit(
     )
     with trainer.args.main_process_first(desc="looking for checkpoints"):
         last = last_whole_checkpoint(checkpoints)
+        check_room_for_checkpoints(model, checkpoints)
     trainer.train(resume_from_checkpoint=last)
     return model.eval(), processor, curves(trainer.state.log_history), last is not None

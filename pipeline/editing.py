@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipeline.disk import atomically
+from pipeline.locks import LOCKS
 
 
 def _round_trip() -> Any:
@@ -31,8 +34,10 @@ def read(path: Path) -> Any:
 @contextmanager
 def edited(path: Path) -> Iterator[Any]:
     """`read(path)` to change in place; written after the block, not if it raises. Keep the block short:
-    what others write to the file meanwhile is lost."""
-    content = read(path)
-    yield content
-    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        _round_trip().dump(content, file)
+    other commands that edit wait for it, and what a text editor saves meanwhile is lost."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with FileLock(LOCKS / f"{path.name}.lock", fallback_to_soft=False):
+        content = read(path)
+        yield content
+        with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            _round_trip().dump(content, file)

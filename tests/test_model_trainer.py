@@ -15,6 +15,7 @@ from model import batches, trainer
 from model.cell import Cell
 from model.encoder import EncoderLayer
 from model.examples import Evidence, Product, Question
+from pipeline import disk
 
 COLORS = ("red", "green", "blue")
 TINY = {
@@ -85,6 +86,14 @@ def test_killed_and_run_again_gives_equal_weights_bit_by_bit(uninterrupted, tmp_
     weights, history = fit(tmp_path)
     assert same_weights(weights, uninterrupted[0])
     assert history == uninterrupted[1]
+
+
+def test_a_training_whose_checkpoints_the_disk_cannot_take_ends_before_its_first_step(tmp_path, monkeypatch):
+    free = disk.RESERVE_BYTES + 1000
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: mock.Mock(free=free))
+    with pytest.raises(ValueError, match=r"has 0.3 GB free, 0.0 GB more are needed and 0.3 GB stay free"):
+        fit(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "unsealed"])
