@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from model import batches
 from model.cell import Cell
@@ -43,11 +45,19 @@ def is_whole(checkpoint: Path) -> bool:
     )
 
 
+def can_go_on(checkpoint: Path) -> bool:
+    """Whether it is whole, and so is the best one until then, whose weights may be those that come out."""
+    if not is_whole(checkpoint):
+        return False
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    return best is None or is_whole(checkpoint.with_name(Path(best).name))
+
+
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint with all of its bytes; newer ones without are removed."""
+    """The newest checkpoint with all of its bytes and those of the best; newer ones without are removed."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for checkpoint in reversed(checkpoints):
-        if is_whole(checkpoint):
+        if can_go_on(checkpoint):
             return str(checkpoint)
         shutil.rmtree(checkpoint)
     return None
@@ -170,15 +180,19 @@ def check_room_for_checkpoints(model: torch.nn.Module, folder: Path) -> None:
 
 
 class Sealing(transformers.TrainerCallback):
+    """Earlier checkpoints go when a later one is sealed: killed in between, there is one to go on from."""
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(args.output_dir, KEPT, state.best_model_checkpoint)
 
 
 class Trainer(transformers.Trainer):
     """Batches are those of `order`, each the list of its parts; a look also asks what the model says."""
 
     model: Any
+    eval_dataset: Any
 
     def __init__(
         self, *, order: Order, processor: Any, validation: Sequence[Question], **options: Any
@@ -220,20 +234,42 @@ class Trainer(transformers.Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss if share is None else share * loss
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        [(_, whole)] = inputs
-        return super().prediction_step(model, whole, *args, **kwargs)
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # nobody asks for them
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        """The loss on the validation split and the F1, alike in every process.
+
+        Raises `ValueError` when the loss is not a number.
+        """
         self.model.eval()
+        loss = self.validation_loss()
+        if math.isnan(loss):
+            raise ValueError(
+                f"the loss on the validation split is {loss} after step {self.state.global_step}: training "
+                "stops; lower train.learning_rate"
+            )
         found = judge(self.model, self.processor, self.validation, self.args.eval_batch_size)
-        metrics["eval_f1"] = f1(found, self.validation)
-        self.log({"eval_f1": metrics["eval_f1"]})
+        metrics = {"eval_loss": loss, "eval_f1": f1(found, self.validation)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Of the whole split as one batch, whatever is computed at once."""
+        total, counts = 0.0, None
+        if hasattr(self.model, "counts"):
+            counts = sum(self.model.counts(part).float() for _, part in self.validation_parts())
+        for rows, part in self.validation_parts():
+            part |= {"share": rows / len(self.eval_dataset)} if counts is None else {"counts": counts}
+            total += float(self.compute_loss(self.model, self._prepare_inputs(part)))
+        return total
+
+    def validation_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        everything = range(len(self.eval_dataset))
+        for begin in everything[:: self.args.eval_batch_size]:
+            yield from self.eval_dataset.__getitems__(everything[begin:][: self.args.eval_batch_size])
 
 
 def share_of_process(batch_size: int) -> int:
@@ -271,13 +307,10 @@ def arguments(
         logging_steps=look,
         save_strategy="steps",
         save_steps=look,
-        save_total_limit=KEPT,
         load_best_model_at_end=True,
         metric_for_best_model="f1",
         greater_is_better=True,
-        prediction_loss_only=True,
         remove_unused_columns=False,
-        label_names=["targets"],
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
     )

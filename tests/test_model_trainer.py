@@ -1,14 +1,16 @@
 """Training: batches, resuming after a kill, broken checkpoints, divergence, several processes."""
 
 import json
-import math
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 
 from model import batches, trainer
@@ -51,21 +53,24 @@ def cell(settings=(), **steps):
     return Cell(architecture="model.smartave", code="", settings=TINY | dict(settings), train=STEPS | steps)
 
 
-def fit(folder, the_cell=None):
-    model, _, history, _ = trainer.fit(the_cell or cell(), asked(24), asked(6), 0, Path(folder))
+def fit(folder, the_cell=None, f1s=None):
+    """With `f1s` these are found at the looks, one after the other: which weights come out hangs on them."""
+    said = nullcontext() if f1s is None else mock.patch.object(trainer, "f1", side_effect=list(f1s))
+    with said:
+        model, _, history, _ = trainer.fit(the_cell or cell(), asked(24), asked(6), 0, Path(folder))
     return model.state_dict(), history
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("uninterrupted"))
+    return fit(tmp_path_factory.mktemp("uninterrupted"), f1s=[0.1, 0.2, 0.3])
 
 
 class Killed(BaseException):
     """Not an error that anybody handles."""
 
 
-def killed_at(step, folder, monkeypatch):
+def killed_at(step, folder, monkeypatch, f1s):
     def watch(self, loss, at):
         if at == step:
             raise Killed
@@ -73,7 +78,7 @@ def killed_at(step, folder, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Divergence, "watch", watch)
         with pytest.raises(Killed):
-            fit(folder)
+            fit(folder, f1s=f1s)
 
 
 def same_weights(one, two):
@@ -81,9 +86,9 @@ def same_weights(one, two):
 
 
 def test_killed_and_run_again_gives_equal_weights_bit_by_bit(uninterrupted, tmp_path, monkeypatch):
-    killed_at(6, tmp_path, monkeypatch)
+    killed_at(6, tmp_path, monkeypatch, [0.1])
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    weights, history = fit(tmp_path)
+    weights, history = fit(tmp_path, f1s=[0.2, 0.3])
     assert same_weights(weights, uninterrupted[0])
     assert history == uninterrupted[1]
 
@@ -96,29 +101,87 @@ def test_a_training_whose_checkpoints_the_disk_cannot_take_ends_before_its_first
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "unsealed"])
-def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, tmp_path, monkeypatch, damage):
-    killed_at(10, tmp_path, monkeypatch)
-    last = tmp_path / "checkpoint-8"
-    weights = last / "model.safetensors"
+def damaged(checkpoint, damage):
+    weights = checkpoint / "model.safetensors"
     content = weights.read_bytes()
     if damage == "truncated":
         weights.write_bytes(content[: len(content) // 2])
     elif damage == "changed":
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "missing":
-        (last / "optimizer.pt").unlink()
+        (checkpoint / "optimizer.pt").unlink()
+    elif damage == "unsealed":
+        (checkpoint / trainer.WHOLE).unlink()
     else:
-        (last / trainer.WHOLE).unlink()
+        shutil.rmtree(checkpoint)
+
+
+DAMAGES = ["truncated", "changed", "missing", "unsealed", "gone"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, tmp_path, monkeypatch, damage):
+    killed_at(10, tmp_path, monkeypatch, [0.1, 0.2])
+    last = tmp_path / "checkpoint-8"
+    damaged(last, damage)
     assert trainer.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not last.exists()
     if damage == "truncated":
-        assert same_weights(fit(tmp_path)[0], uninterrupted[0])
+        assert same_weights(fit(tmp_path, f1s=[0.2, 0.3])[0], uninterrupted[0])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_the_best_checkpoint_is_damaged_no_later_one_is_gone_on_with(tmp_path, monkeypatch, damage):
+    killed_at(10, tmp_path, monkeypatch, [0.2, 0.1])
+    best = safetensors.torch.load((tmp_path / "checkpoint-4" / "model.safetensors").read_bytes())
+    damaged(tmp_path / "checkpoint-4", damage)
+    assert trainer.last_whole_checkpoint(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    if damage == "changed":
+        weights, history = fit(tmp_path, f1s=[0.2, 0.1, 0.0])
+        assert [row["validation_f1"] for row in history] == [0.2, 0.1, 0.0]
+        assert all(torch.equal(weights[name], best[name]) for name in best), "of the best look"
+
+
+def test_killed_before_a_better_checkpoint_is_sealed_the_best_before_is_still_there(
+    uninterrupted, tmp_path, monkeypatch
+):
+    seal = trainer.seal
+
+    def killed(checkpoint):
+        if checkpoint.name == "checkpoint-12":
+            raise Killed
+        seal(checkpoint)
+
+    monkeypatch.setattr(trainer, "seal", killed)
+    with pytest.raises(Killed):
+        fit(tmp_path, f1s=[0.2, 0.1, 0.3])
+    monkeypatch.setattr(trainer, "seal", seal)
+    assert trainer.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    weights, _ = fit(tmp_path, f1s=[0.3])
+    assert same_weights(weights, uninterrupted[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_with_a_message(tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: training stops"):
         fit(tmp_path, cell(learning_rate=1e30, warmup_steps=0))
+
+
+def test_weights_that_the_last_step_spoils_are_noticed_at_the_last_look(tmp_path):
+    last = cell(learning_rate=1e38, warmup_steps=0, epochs=0.3, evaluations=1)
+    with pytest.raises(
+        ValueError, match=r"the loss on the validation split is nan after step 1: training stops"
+    ):
+        fit(tmp_path, last)
+
+
+def test_the_rate_warms_up_and_gradients_are_clipped_as_the_cell_says(tmp_path):
+    made = trainer.arguments(cell(max_grad_norm=0.7), 0, tmp_path, judged=16, look=4)
+    assert (made.warmup_steps, made.max_grad_norm, made.learning_rate) == (2, 0.7, 0.003)
+    _, slow = fit(tmp_path / "slow", cell(max_grad_norm=1e-9))
+    _, usual = fit(tmp_path / "usual")
+    assert usual[-1]["validation_loss"] < slow[-1]["validation_loss"] - 0.1
 
 
 def test_a_loss_that_grows_stops_the_training_with_a_message():
@@ -153,6 +216,7 @@ def test_a_batch_computed_in_parts_is_the_same_batch(tmp_path, joint, numbers_of
     assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8, 12]
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
         assert a["validation_f1"] == b["validation_f1"]
 
 
@@ -277,7 +341,7 @@ def die(checkpoint):
     seal(checkpoint)
 
 seal, here.trainer.seal = here.trainer.seal, die
-here.fit({folder!r})
+here.fit({folder!r}, f1s=[0.1, 0.2])
 """
 
 
@@ -288,7 +352,7 @@ def test_a_process_killed_while_it_saves_goes_on_from_the_checkpoint_before(unin
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["checkpoint-4", "checkpoint-8"]
     assert trainer.last_whole_checkpoint(tmp_path / "saved") == str(tmp_path / "saved" / "checkpoint-4")
-    weights, history = fit(tmp_path / "saved")
+    weights, history = fit(tmp_path / "saved", f1s=[0.2, 0.3])
     assert history == uninterrupted[1]
     assert same_weights(weights, uninterrupted[0])
 
@@ -322,5 +386,5 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert math.isfinite(a["validation_loss"])
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-4)
         assert a["validation_f1"] == b["validation_f1"]
