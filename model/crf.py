@@ -14,7 +14,7 @@ IMPOSSIBLE = -1e30  # finite, since the gradient of a logsumexp over nothing but
 
 
 class ScanCRF(nn.Module):
-    """Parameters as in `torchcrf.CRF(num_tags)`, drawn as there; evaluated in float32 or better."""
+    """Parameters as in `torchcrf.CRF(num_tags)`, drawn as there; a `Tagger` gives it float32 or better."""
 
     def __init__(self, num_tags: int) -> None:
         super().__init__()

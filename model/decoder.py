@@ -244,8 +244,8 @@ def beam_search(
             before that each goes on from, as a row of (B * W) in (B, W), to next-token log-probabilities
             (B, W, V).
         max_length: tokens before the end token, which is forced after that many.
-        num_best: how many outputs of each example are wanted, `width` by default. The search ends when no
-            unfinished hypothesis can become one of them.
+        num_best: how many outputs of each example are wanted, at most `width`, which is the default. The
+            search ends when no unfinished hypothesis can become one of them.
 
     Returns:
         tokens (B, num_best, max_length + 1), filled with `end` after the first one, and log-probabilities

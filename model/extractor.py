@@ -274,13 +274,20 @@ class Extractor:
         Args:
             image: the file of its picture; without one, the picture that the line names.
             attributes: what is asked; without them, those trained for its category, else all.
+
+        Raises `ValueError` when one of them is not of its kind, or `image` is no file.
         """
         if isinstance(product_line, Mapping):
             product_line = json.dumps(product_line)
+        if not isinstance(product_line, str | bytes):
+            raise ValueError(f"a product must be a mapping or its JSON, got {product_line!r}")
         raw = product_line if isinstance(product_line, bytes) else product_line.encode()
         line, folder = self.reader.read(raw), None
         if image is not None:
-            line, folder = replace(line, url=Path(image).name), Path(image).parent
+            picture = Path(image).expanduser()
+            if not picture.is_file():
+                raise ValueError(f"image must be a file, got {str(image)!r} (the line itself may hold a URL)")
+            line, folder = replace(line, url=picture.name), picture.parent
         (row,) = self.rows([line], attributes=attributes, folder=folder)
         return row
 
@@ -293,9 +300,12 @@ class Extractor:
     ) -> Iterator[dict[str, Any]]:
         """One row per line, in order, as the lines come."""
         by_category, trained = self.provenance["attributes_by_category"], self.provenance["attributes"]
+        names = None if attributes is None else list(attributes)
+        if isinstance(attributes, str) or not all(isinstance(name, str) for name in names or ()):
+            raise ValueError(f"attributes must be a list of names, got {attributes!r}")
 
         def asked(line: Line) -> Sequence[str]:
-            return attributes or by_category.get(line.category, trained)
+            return by_category.get(line.category, trained) if names is None else names
 
         def extract(questions: Iterable[Question]) -> Iterator[tuple[Extraction, ...]]:
             return checkpoint.extract(self.model, self.processor, questions, batch_size=self.batch_size)

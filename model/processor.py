@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,7 +163,8 @@ class Processor:
         (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "Processor":
+    def from_pretrained(cls, folder: Path, **_: Any) -> "Processor":
+        """What `save_pretrained` left in `folder`; what else AutoProcessor passes on is not used."""
         settings = json.loads((Path(folder) / cls.FILE).read_text(encoding="utf-8"))
         return cls(AutoTokenizer.from_pretrained(folder), **settings)
 
@@ -251,7 +253,7 @@ class Processor:
         return [*targets[: self.max_output_length], self.end]
 
     def encode(self, question: Question) -> Encoded:
-        """Raises `ValueError` when the region features are not `region_width` wide."""
+        """Raises `ValueError` when regions are not `region_width` wide or leave no room for a text."""
         segments = self._segments(question)
         regions = question.product.regions if self.image else None
         if regions is None:
@@ -261,13 +263,18 @@ class Processor:
                 f"{question.product.asin}: regions are {regions.shape[1]} wide, "
                 f"the model was made for {self.region_width}"
             )
+        if len(regions) >= self.max_length:
+            raise ValueError(
+                f"{question.product.asin}: {len(regions)} regions leave no room for texts in a max_length of "
+                f"{self.max_length}; raise it, or lower regions.max_boxes"
+            )
         regions = regions[::-1]  # the whole image first, at a position of its own
         sharing = segments[1:] if self.joint else segments
+        if self.joint:
+            self._cut(segments[0], self.max_length)
         lengths = [len(segment.ids) for segment in sharing]
         for segment, kept in zip(sharing, fit_lengths(lengths, self.max_length - len(regions)), strict=True):
-            if kept < len(segment.ids):
-                self.truncated["text tokens"] += len(segment.ids) - kept
-                segment.ids, segment.places = segment.ids[:kept], segment.places[:kept]
+            self._cut(segment, kept)
         return Encoded(
             question=question,
             segments=segments,
@@ -275,6 +282,10 @@ class Processor:
             tags=[self._tags(question, segment) for segment in segments[1:]],
             targets=self._targets(question),
         )
+
+    def _cut(self, segment: Segment, length: int) -> None:
+        self.truncated["text tokens"] += max(0, len(segment.ids) - length)
+        segment.ids, segment.places = segment.ids[:length], segment.places[:length]
 
     def rows(self, examples: Sequence[Encoded]) -> list[list[Encoded]]:
         """The examples of each row of a batch: one, or with `joint` neighbours that ask about one product."""

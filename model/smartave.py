@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedTokenizerBase
 
 from model.encoder import StructuredAttention
 from model.examples import Question
@@ -82,7 +82,7 @@ class Model(Network):
         names = set(Settings.model_fields) - seen - {"pretrained", "pretrained_layers", "tokenizer"}
         config = Config(
             vocab_size=len(tokenizer),
-            max_position=max(settings.max_length, 512),
+            max_position=max(settings.max_length, settings.max_output_length + 1, 512),
             region_width=region_width,
             begin_token=processor.begin,
             end_token=processor.end,
@@ -141,3 +141,4 @@ class Model(Network):
 
 AutoConfig.register(Config.model_type, Config)
 AutoModel.register(Config, Model)
+AutoProcessor.register(Config, Processor)

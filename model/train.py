@@ -137,6 +137,8 @@ def run(corpus: str, name: str, seed: int) -> None:
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    for weights in temporary.glob("*.safetensors"):
+        weights.chmod(0o644)  # as readable as what lies beside them
     processor.save_pretrained(temporary)
     documents = {
         temporary / "validation.json": rows,

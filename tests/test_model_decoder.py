@@ -69,6 +69,23 @@ def test_a_mean_of_exp_is_over_what_is_there_and_finite_where_nothing_is():
     )
 
 
+def test_the_gate_reads_what_is_copied_the_state_and_the_input_and_attention_is_dropped_out():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
+    decoder = CopyDecoder(**sizes)
+    text, embedded = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    memory = decoder.remember(torch.randn(2, 8), text, torch.ones(2, 5, dtype=torch.bool))
+    states, copy, gate, _ = decoder(embedded, memory)
+    expected = decoder.gate(torch.cat([copy @ text, states, embedded], -1)).squeeze(-1)
+    torch.testing.assert_close(gate, expected)
+
+    (layer,) = decoder.layers
+    layer.self_attn.dropout = 0.5
+    assert not torch.equal(decoder(embedded, memory)[0], decoder(embedded, memory)[0])
+    decoder.eval()
+    torch.testing.assert_close(decoder(embedded, memory)[0], states)
+
+
 def test_an_output_token_never_sees_those_after_it():
     torch.manual_seed(0)
     decoder = CopyDecoder(num_layers=2, hidden_size=8, num_heads=2, intermediate_size=16, dropout=0.0).eval()

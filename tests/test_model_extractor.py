@@ -241,7 +241,10 @@ def test_a_product_is_asked_with_the_picture_that_is_given(tmp_path):
 
     assert answer() == ("ok", "174", "ocr")
     assert answer(image=tmp_path / "mug.jpg") == ("ok", "250", "ocr")
-    assert answer(image=str(tmp_path / "none.jpg"))[0] == "missing"
+    with pytest.raises(ValueError, match=r"image must be a file, got .*none.jpg"):
+        answer(image=str(tmp_path / "none.jpg"))
+    with pytest.raises(ValueError, match=r"image must be a file, got 'https://a.example/mug.jpg' \(the line"):
+        answer(image="https://a.example/mug.jpg")
     assert ask("broken", image=tmp_path / "mug.jpg") == {
         "asin": None,
         "status": "malformed line",
@@ -260,3 +263,19 @@ def test_a_product_may_be_a_line_or_what_it_holds():
     assert ask(line().decode()) == ask(json.loads(line())) == row
     ask = extractor.Extractor(Ruled(floor), Ruled(floor), PROVENANCE | about, least_score=1.01)
     assert ask(line())["attributes"] == [{"key": "Color", "values": []}]
+
+
+def test_what_is_asked_is_a_list_of_names_and_nothing_is_asked_where_it_is_empty():
+    floor = Floor()
+    floor.observe(Question(product("T"), "Color", ("red",), ("text",)))
+    about = {"settings": {"ocr": False, "image": False}}
+    ask = extractor.Extractor(Ruled(floor), Ruled(floor), PROVENANCE | about)
+    assert ask(line(), attributes=[])["attributes"] == []
+    named = ask(line(), attributes=(name for name in ("Color", "Color")))["attributes"]
+    assert [one["key"] for one in named] == ["Color", "Color"]
+    for wrong in ("Color", [None], ["Color", 3]):
+        with pytest.raises(ValueError, match="attributes must be a list of names, got"):
+            ask(line(), attributes=wrong)
+    for wrong in (None, [], 3):
+        with pytest.raises(ValueError, match="a product must be a mapping or its JSON, got"):
+            ask(wrong)

@@ -91,6 +91,25 @@ def test_outputs_and_gradients_are_those_of_the_reference(batch, seed, joint, wi
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("less", [0, math.inf])  # what is absorbed where
+@pytest.mark.parametrize("pattern", StructuredAttention.patterns)
+def test_in_training_the_attention_of_each_pattern_is_dropped_out(pattern, less, monkeypatch):
+    monkeypatch.setattr(model.packed, "LESS", less)
+    torch.manual_seed(0)
+    encoder = Encoder(**SIZES, without=set(StructuredAttention.patterns) - {pattern})
+    for layer in encoder.layers:
+        layer.attention.dropout.p = 0.5
+    packing = pack(torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0, 0, 1, 2], [0, 1, 1, 2]]))
+    given = torch.randn(packing.num_hyper, 8), torch.randn(len(packing.local_at), 8)
+    outputs = [packed_encoder(encoder, *given, packing) for _ in range(2)]
+    differ = [not torch.equal(*two) for two in zip(*outputs, strict=True)]
+    assert differ == [pattern.startswith("h"), pattern.startswith("l")]
+    encoder.eval()
+    torch.testing.assert_close(
+        packed_encoder(encoder, *given, packing), packed_encoder(encoder, *given, packing)
+    )
+
+
 def slowly(queries, keys, values, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **rest):
     """What ATen's `_flash_attention_forward` computes of ragged batches, sequence by sequence."""
     assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32

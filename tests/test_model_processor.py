@@ -145,6 +145,36 @@ def test_regions_of_another_width_are_an_error(tokenizer):
         make(tokenizer).encode(ask([], regions=np.ones((1, 5), np.float16)))
 
 
+def test_regions_that_leave_no_room_for_a_text_are_an_error(tokenizer):
+    regions = np.ones((8, 4), np.float16)
+    with pytest.raises(ValueError, match="8 regions leave no room for texts in a max_length of 8; raise it"):
+        make(tokenizer, max_length=8).encode(ask([("mug", "title")], regions=regions))
+    encoded = make(tokenizer, max_length=9).encode(ask([("mug", "title")], "", regions=regions))
+    assert [len(segment.ids) for segment in encoded.segments] == [0, 1]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_longest_name_of_an_attribute_has_a_position_for_each_of_its_words(tokenizer, joint):
+    processor = make(tokenizer, joint=joint, max_length=16)
+    encoded = processor.encode(ask([("blue mug", "title")], "Color " * 40))
+    assert [len(segment.ids) for segment in encoded.segments] == ([16, 2] if joint else [14, 2])
+    assert processor.truncated["text tokens"] == 40 - len(encoded.segments[0].ids)
+
+
+def test_what_may_be_said_is_known_of_this_attribute_or_stands_in_one_text(tokenizer):
+    processor = make(tokenizer, grounded=True)
+    texts = [(word, "feature") for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    processor.learn([ask([], values=["red"]), ask([], "Shape", values=["round"])])
+    ground = processor.ground(processor.encode(ask(texts)))  # the last two share a segment
+    red, round_, six, seven = (
+        tokenizer.convert_tokens_to_ids(word) for word in ("red", "round", "six", "seven")
+    )
+    allowed = ground.allowed(ground.begin())
+    assert {red, six, seven} < set(allowed)
+    assert round_ not in allowed
+    assert seven not in ground.allowed(ground.after(ground.begin(), six))
+
+
 def test_a_copied_value_has_the_text_s_own_spelling_and_its_place(tokenizer):
     processor = make(tokenizer)
     encoded = processor.encode(ask([("Mug, Navy-Blue", "title")], ocr=["NAVY-BLUE 12 OZ"]))

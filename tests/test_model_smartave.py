@@ -1,6 +1,9 @@
 """The whole model on a dozen questions."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +175,49 @@ def test_the_loss_is_the_decoder_s_plus_alpha_times_the_tagger_s(trained):
     torch.testing.assert_close(
         losses["loss"].detach(), losses["decoder_loss"] + model.config.alpha * losses["tagging_loss"]
     )
+
+
+def test_the_tagging_task_teaches_by_alpha(trained):
+    model, processor = trained
+    batch = processor.collate([processor.encode(question) for question in dozen()[:4]])
+    gradients, alpha = [], model.config.alpha
+    for times in (1, 2):
+        model.config.alpha = times * alpha
+        gradients += torch.autograd.grad(model(**batch)["loss"], [model.tagger.emission.weight])
+    model.config.alpha = alpha
+    assert gradients[0].abs().max() > 1e-6
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+
+
+def test_an_output_may_be_longer_than_any_text():
+    model, processor = train(TINY | {"max_output_length": 600, "beam_width": 1}, dozen()[:1], 0)
+    (said,) = model.extract([processor.encode(dozen()[0])], processor)  # by chance nothing ends it earlier
+    assert all(0 <= one.score <= 1 for one in said)
+    question = Question(dozen()[0].product, "Color", ("blue " * 600,), ("text",))
+    assert model(**processor.collate([processor.encode(question)]))["loss"].isfinite()
+
+
+LOADED_ELSEWHERE = """
+import sys
+sys.path.insert(0, {root!r})
+import model.smartave
+from transformers import AutoConfig, AutoModel, AutoProcessor
+folder = sys.argv[1]
+found = [one.from_pretrained(folder) for one in (AutoConfig, AutoModel, AutoProcessor)]
+modules = [type(one).__module__ for one in found]
+assert modules == ["model.network", "model.smartave", "model.processor"], modules
+"""
+
+
+def test_transformers_finds_model_and_processor_by_the_folder_alone(trained, tmp_path):
+    model, processor = trained
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    script = LOADED_ELSEWHERE.format(root=str(Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=tmp_path.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_packed_and_the_reference_form_are_one_model():
