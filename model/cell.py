@@ -13,6 +13,7 @@ class Training(params.Settings):
     batch_size: int = Field(32, ge=1)  # questions; products where a product's questions are asked together
     epochs: float = Field(20, gt=0)  # 0.1: a tenth of the training questions, once
     learning_rate: float = Field(2e-5, gt=0)
+    pretrained_rate: float = Field(1.0, ge=0, le=1)  # of learning_rate, for a checkpoint's layers
     warmup_steps: int = Field(2000, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"

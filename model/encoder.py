@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.pretrained import take
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -189,7 +191,7 @@ class EncoderLayer(nn.Module):
             values = attention.value_hyper if pattern.endswith("h") else attention.value_local
             pairs += [(attention.query[pattern], "query"), (attention.key[pattern], "key"), (values, "value")]
         for ours, name in pairs:
-            ours.load_state_dict(theirs[name].state_dict())
+            take(ours, theirs[name])
 
     def feed_forward(self, x: Tensor, z: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(z))

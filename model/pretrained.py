@@ -36,6 +36,18 @@ LAYERS = {
 ROLES = ("pad_token", "cls_token", "sep_token")
 
 
+def take(ours: nn.Module, theirs: nn.Module) -> None:
+    """The weights of a checkpoint's part, of which `taken` knows from then on."""
+    ours.load_state_dict(theirs.state_dict())
+    ours.is_taken = True  # type: ignore[assignment]
+
+
+def taken(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of layers that start from a checkpoint; of a model from disk nobody knows."""
+    parts = [module for module in model.modules() if getattr(module, "is_taken", False)]
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
 class Checkpoint:
     """A pretrained encoder whose embeddings are BERT's: words, learnt positions and a LayerNorm.
 

@@ -23,7 +23,10 @@ FOUR = ("precision", "recall", "f1", "count")
 PLACES = frozenset({"path", "url", "mirrors", "base"})
 STAGES = ("source", "products", "images", "ocr", "regions", "evaluate")
 # Settings of a cell that came after results were kept, and one that went, as all of these had them.
-LATER: dict[str, dict[str, Any]] = {"settings": {"grounded": False}, "train": {"max_tokens": 32768}}
+LATER: dict[str, dict[str, Any]] = {
+    "settings": {"grounded": False},
+    "train": {"max_tokens": 32768, "pretrained_rate": 1.0},
+}
 GONE: dict[str, dict[str, Any]] = {"settings": {}, "train": {"accumulate": 1}}
 # Of `images`: how they are asked for, which changes none. Digests have it as it was when the first was kept.
 ASKED_FOR = {

@@ -22,6 +22,7 @@ from model.cell import Cell
 from model.checkpoint import extract
 from model.examples import Question
 from model.metrics import normalise
+from model.pretrained import taken
 from pipeline.disk import check_room, sha256_of, write_json
 
 WHOLE = "whole.json"  # the seal of a checkpoint that was written to its end
@@ -195,11 +196,34 @@ class Trainer(transformers.Trainer):
     eval_dataset: Any
 
     def __init__(
-        self, *, order: Order, processor: Any, validation: Sequence[Question], **options: Any
+        self,
+        *,
+        order: Order,
+        processor: Any,
+        validation: Sequence[Question],
+        pretrained_rate: float,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.pretrained_rate = pretrained_rate
         self.order, self.processor, self.validation = order, processor, validation
         self.divergence = Divergence()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.pretrained_rate == 1:
+            return super().create_optimizer(model)
+        slow = taken(self.model)
+        if not slow:
+            raise ValueError(
+                f"train.pretrained_rate is {self.pretrained_rate}, and no layer of this model starts from a "
+                "checkpoint"
+            )
+        names = {id(parameter) for parameter in slow}
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in names]
+        made, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        groups = [{"params": others}, {"params": slow, "lr": self.pretrained_rate * options["lr"]}]
+        self.optimizer = made(groups, weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.order
@@ -341,6 +365,7 @@ def fit(
         processor=processor,
         validation=validation,
         order=Order(dataset.rows, cell.train.batch_size, seed),
+        pretrained_rate=cell.train.pretrained_rate,
         args=arguments(cell, seed, checkpoints, judged=judged_at_once(cell, processor), look=look),
         data_collator=collated,
         train_dataset=dataset,

