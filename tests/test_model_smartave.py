@@ -272,14 +272,17 @@ def test_asking_all_attributes_of_a_product_at_once_is_asking_them_one_by_one(pa
 def test_the_joint_form_learns_what_stands_in_text_and_print_by_heart():
     model, processor = train(TINY | {"joint": True, "tokenizer": "characters"}, dozen(), 260)
     asked = dozen()
-    found = model.extract([processor.encode(question) for question in asked], processor)
-    assert [tuple(e.value.lower() for e in extractions) for extractions in found] == [
-        question.values for question in asked
-    ]
-    for question, extractions in zip(asked, found, strict=True):
-        (alone,) = model.extract([processor.encode(question)], processor)
-        assert [(e.value, e.source) for e in alone] == [(e.value, e.source) for e in extractions]
-        assert [e.score for e in alone] == pytest.approx([e.score for e in extractions], abs=1e-4)
+    for grounded in (False, True):
+        processor.grounded = grounded
+        processor.learn(asked)
+        found = model.extract([processor.encode(question) for question in asked], processor)
+        assert [tuple(e.value.lower() for e in extractions) for extractions in found] == [
+            question.values for question in asked
+        ]
+        for question, extractions in zip(asked, found, strict=True):
+            (alone,) = model.extract([processor.encode(question)], processor)
+            assert [(e.value, e.source) for e in alone] == [(e.value, e.source) for e in extractions]
+            assert [e.score for e in alone] == pytest.approx([e.score for e in extractions], abs=1e-4)
 
 
 @pytest.mark.parametrize("joint", [False, True])

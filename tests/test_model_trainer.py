@@ -370,8 +370,8 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.parametrize(
     ("more", "steps"),
-    [({}, {"max_tokens": FEW_TOKENS}), ({"without_patterns": ["h2h"]}, {})],
-    ids=["in parts", "a pattern left out"],
+    [({}, {"max_tokens": FEW_TOKENS}), ({"without_patterns": ["h2h"]}, {}), ({"joint": True}, {})],
+    ids=["in parts", "a pattern left out", "asked jointly"],
 )
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, more, steps):
     settings = {"dropout": 0.0, **more}
