@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -282,13 +283,20 @@ class Trainer(transformers.Trainer):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Of the whole split as one batch, whatever is computed at once."""
-        total, counts = 0.0, None
-        if hasattr(self.model, "counts"):
-            counts = sum(self.model.counts(part).float() for _, part in self.validation_parts())
+        total = 0.0
         for rows, part in self.validation_parts():
-            part |= {"share": rows / len(self.eval_dataset)} if counts is None else {"counts": counts}
+            if self.validation_counts is None:
+                part["share"] = rows / len(self.eval_dataset)
+            else:
+                part["counts"] = self.validation_counts
             total += float(self.compute_loss(self.model, self._prepare_inputs(part)))
         return total
+
+    @cached_property
+    def validation_counts(self) -> torch.Tensor | None:
+        if not hasattr(self.model, "counts"):
+            return None
+        return torch.stack([self.model.counts(part).float() for _, part in self.validation_parts()]).sum(0)
 
     def validation_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
         everything = range(len(self.eval_dataset))
