@@ -117,12 +117,22 @@ def damaged(checkpoint, damage):
         shutil.rmtree(checkpoint)
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Trainings killed at step 10, by which of the two looks until then was the better one."""
+    folders = {"first": tmp_path_factory.mktemp("first"), "last": tmp_path_factory.mktemp("last")}
+    with pytest.MonkeyPatch.context() as patched:
+        killed_at(10, folders["first"], patched, [0.2, 0.1])
+        killed_at(10, folders["last"], patched, [0.1, 0.2])
+    return folders
+
+
 DAMAGES = ["truncated", "changed", "missing", "unsealed", "gone"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, tmp_path, monkeypatch, damage):
-    killed_at(10, tmp_path, monkeypatch, [0.1, 0.2])
+def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, killed, tmp_path, damage):
+    shutil.copytree(killed["last"], tmp_path, dirs_exist_ok=True)
     last = tmp_path / "checkpoint-8"
     damaged(last, damage)
     assert trainer.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
@@ -132,8 +142,8 @@ def test_a_damaged_last_checkpoint_is_left_for_the_one_before(uninterrupted, tmp
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_where_the_best_checkpoint_is_damaged_no_later_one_is_gone_on_with(tmp_path, monkeypatch, damage):
-    killed_at(10, tmp_path, monkeypatch, [0.2, 0.1])
+def test_where_the_best_checkpoint_is_damaged_no_later_one_is_gone_on_with(killed, tmp_path, damage):
+    shutil.copytree(killed["first"], tmp_path, dirs_exist_ok=True)
     best = safetensors.torch.load((tmp_path / "checkpoint-4" / "model.safetensors").read_bytes())
     damaged(tmp_path / "checkpoint-4", damage)
     assert trainer.last_whole_checkpoint(tmp_path) is None
